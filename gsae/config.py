@@ -124,7 +124,9 @@ class HarvestConfig:
             f"set it to a multiple of harvest.batch_contexts ({self.batch_contexts})",
         )
         _require(self.outlier_multiple > 1, f"harvest.outlier_multiple is {self.outlier_multiple}; give a multiple above 1")
-        _require(self.max_tokens is None or self.max_tokens >= 1, f"harvest.max_tokens is {self.max_tokens}; give a positive number or null")
+        _require(
+            self.max_tokens is None or self.max_tokens >= 1, f"harvest.max_tokens is {self.max_tokens}; give a positive number or null"
+        )
         _require(len(self.sites) > 0, "harvest.sites is empty; name at least one layer")
 
 
@@ -147,8 +149,14 @@ class SweepConfig:
     def __post_init__(self) -> None:
         _require(len(self.lambdas) > 0, f"train.sweeps: the sweep of {self.objective!r} has no lambdas; give e.g. lambdas: {{'*': [0.1]}}")
         for site, values in self.lambdas.items():
-            _require(len(values) > 0 and all(v >= 0 for v in values), f"train.sweeps: lambdas of {site!r} are {values}; give numbers of at least 0")
-        _require(all(e > 0 for e in self.expansions) and len(self.expansions) > 0, f"train.sweeps: expansions are {self.expansions}; give positive numbers")
+            _require(
+                len(values) > 0 and all(v >= 0 for v in values),
+                f"train.sweeps: lambdas of {site!r} are {values}; give numbers of at least 0",
+            )
+        _require(
+            all(e > 0 for e in self.expansions) and len(self.expansions) > 0,
+            f"train.sweeps: expansions are {self.expansions}; give positive numbers",
+        )
         _require(len(self.seeds) > 0, "train.sweeps: seeds is empty; give at least one")
         _require(
             not (self.resampling and self.objective == "gated-norm-weighted"),
@@ -198,7 +206,8 @@ class ResamplingConfig:
     direction: Literal["activation", "residual"] = "activation"
     """New direction: the drawn row less b_dec, or its residual x - x_hat."""
     gate_bias: Literal["zero", "median-density"] = "zero"
-    """New b_gate (b_enc for relu): zero opens on about half of all rows; median-density gives the alive features' median density on the candidates."""
+    """New b_gate (b_enc for relu): `zero` opens on about half of all rows; `median-density` gives the alive features' median
+    density on the candidates."""
     encoder_norm: float = 0.2
     """Norm of a new encoder direction, in multiples of the alive features' mean."""
     learning_rate_factor: float = 0.1
@@ -213,7 +222,10 @@ class ResamplingConfig:
             f"train.resampling.event_fractions is {fractions}; give rising shares between 0 and 0.5",
         )
         _require(self.dead_after_rows >= 1, f"train.resampling.dead_after_rows is {self.dead_after_rows}; give a positive number of rows")
-        _require(self.max_candidate_rows >= 1, f"train.resampling.max_candidate_rows is {self.max_candidate_rows}; give a positive number of rows")
+        _require(
+            self.max_candidate_rows >= 1,
+            f"train.resampling.max_candidate_rows is {self.max_candidate_rows}; give a positive number of rows",
+        )
 
 
 @dataclass(frozen=True)
@@ -267,7 +279,10 @@ class TrainConfig:
         for name in ("total_rows", "batch_rows", "window_rows", "groups", "log_every_steps", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; give a positive number")
         _require(self.learning_rate > 0, f"train.learning_rate is {self.learning_rate}; give a positive number")
-        _require(0 < self.checkpoint_every_fraction <= 1, f"train.checkpoint_every_fraction is {self.checkpoint_every_fraction}; give a share in (0, 1]")
+        _require(
+            0 < self.checkpoint_every_fraction <= 1,
+            f"train.checkpoint_every_fraction is {self.checkpoint_every_fraction}; give a share in (0, 1]",
+        )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@
 class GsaeError(Exception):
     """Base of all errors whose message is meant for the user: shown in one line, without a traceback, exit code 2."""
 
+    on_all_ranks = False
+    """Whether every rank of the job raises it, so that one line is enough."""
+
 
 class ConfigError(GsaeError):
     """A setting is unknown, has an impossible value, or contradicts another setting or what is on disk."""

@@ -97,12 +97,16 @@ class Group:
             yield
         except Exception as error:
             failure = error
-        messages = self.gather_objects(None if failure is None else (type(failure).__name__, str(failure)))
-        if failure is not None:
-            raise failure
+        messages = self.gather_objects(
+            None if failure is None else f"{type(failure).__name__ if not isinstance(failure, GsaeError) else ''} {failure}".strip()
+        )
         for rank, message in zip(self.ranks, messages, strict=True):
             if message is not None:
-                raise GsaeError(f"rank {rank} stopped with {message[0]}: {message[1]}")
+                if failure is None:
+                    failure = GsaeError(f"{message} (on rank {rank})")
+                if isinstance(failure, GsaeError):
+                    failure.on_all_ranks = True
+                raise failure
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Run `work` on the first rank only and give its result (plain data) to all; its error is everybody's."""
@@ -120,7 +124,7 @@ class Group:
         """
         devices = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(
-            module, device_ids=devices, process_group=self.process_group, find_unused_parameters=True, broadcast_buffers=False
+            module, device_ids=devices, process_group=self.process_group, find_unused_parameters=True
         )
 
 
@@ -189,7 +193,9 @@ def start(device: str = "auto", num_groups: int = 1, timeout_seconds: float = 18
             if "RANK" in os.environ:
                 dist.init_process_group(backend, timeout=timeout)
             else:
-                dist.init_process_group(backend, store=dist.FileStore(str(Path(scratch) / "rendezvous"), 1), rank=0, world_size=1, timeout=timeout)
+                dist.init_process_group(
+                    backend, store=dist.FileStore(str(Path(scratch) / "rendezvous"), 1), rank=0, world_size=1, timeout=timeout
+                )
         try:
             state = PartialState(cpu=chosen.type == "cpu")
             if state.num_processes != launched_size or dist.get_world_size() != launched_size:
@@ -207,7 +213,10 @@ def cut_into_groups(device: torch.device, num_groups: int, local_rank: int = 0) 
     size, rank = dist.get_world_size(), dist.get_rank()
     if num_groups > size or size % num_groups:
         possible = [n for n in range(1, size + 1) if size % n == 0]
-        raise ConfigError(f"train.groups is {num_groups} but there are {size} ranks; set it to one of {possible}, or start a multiple of {num_groups} ranks")
+        raise ConfigError(
+            f"train.groups is {num_groups} but there are {size} ranks; set it to one of {possible}, "
+            f"or start a multiple of {num_groups} ranks"
+        )
     everyone = Group(tuple(range(size)), rank, device, dist.new_group(list(range(size))))
     size_of_group = size // num_groups
     mine: Group | None = None

@@ -1,0 +1,119 @@
+"""The command line. In: `gsae STAGE CONFIG [--section.field value ...]`. Out: the stage run, and an exit code.
+
+Nothing heavy is imported before the arguments are understood, so `--help` answers at once. Exit codes: 0 done or stopped
+on request, 2 the user's mistake (one line on stderr), 1 a bug (a traceback), 130 interrupted.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from gsae import __version__
+from gsae.config import Config
+from gsae.errors import ConfigError, GsaeError
+from gsae.settings import config_parser, read_config
+
+STAGES = {
+    "harvest": "run the LLM over the training text and store its activations",
+    "train": "train the SAEs of a store's sites",
+    "evaluate": "held-out text through the LLM with each SAE spliced in",
+    "report": "one page, table and plots of finished runs",
+    "plan": "disk, memory and steps that a config will need, before anything runs",
+    "verify": "check a store or a run directory byte for byte",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        sys.exit(_dispatch(words))
+    except GsaeError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or not error.on_all_ranks:
+            where = f"rank {rank}: " if rank else ""
+            sys.stderr.write(f"gsae: {where}{error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(_overview())
+        return 0 if words else 2
+    if words[0] == "--version":
+        sys.stdout.write(f"gsae {__version__}\n")
+        return 0
+    stage, rest = words[0], words[1:]
+    if stage not in STAGES:
+        raise ConfigError(f"there is no command {stage!r}; choose from {', '.join(STAGES)}")
+    if stage == "report":
+        return _report(rest)
+    if stage == "verify":
+        return _verify(rest)
+    return _stage_of_config(stage, rest)
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10} {purpose}" for name, purpose in STAGES.items()]
+    return (
+        "usage: gsae COMMAND ...\n\nGated sparse autoencoders on the activations of Llama models.\n\n"
+        + "\n".join(lines)
+        + "\n\ngsae COMMAND --help shows what each takes. On many ranks: accelerate launch -m gsae COMMAND ...\n"
+    )
+
+
+def _stage_of_config(stage: str, words: list[str]) -> int:
+    if any(word in ("-h", "--help") for word in words):
+        sys.stdout.write(config_parser(stage).format_help())
+        return 0
+    config = read_config(stage, words)
+    if stage == "plan":
+        from gsae.plan import run_plan
+
+        run_plan(config)
+        return 0
+    from gsae import world
+
+    run: Callable[[Config, world.World], None] = getattr(import_module(f"gsae.{stage}.run"), f"run_{stage}")
+    with world.start(config.device, config.train.groups if stage == "train" else 1) as ranks:
+        run(config, ranks)
+    return 0
+
+
+def _report(words: list[str]) -> int:
+    usage = "usage: gsae report RUNS... [--output DIRECTORY]\n       gsae report CONFIG [--section.field value ...]\n"
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(f"{usage}\nRUNS are run directories, or directories that hold some; CONFIG is the config that made them.\n")
+        return 0 if words else 2
+    output: Path | None = None
+    if words[0].endswith((".yaml", ".yml")):
+        words = [read_config("report", words).output]
+    elif "--output" in words[:-1]:
+        at = words.index("--output")
+        output = Path(words[at + 1])
+        words = words[:at] + words[at + 2 :]
+    unknown = [word for word in words if word.startswith("-")]
+    if unknown or not words:
+        raise ConfigError(f"gsae report cannot use {' '.join(unknown) or 'no runs'}; {' '.join(usage.split())}")
+    from gsae.report.run import run_report
+
+    page = run_report([Path(word) for word in words], output)
+    sys.stdout.write(f"{page}\n")
+    return 0
+
+
+def _verify(words: list[str]) -> int:
+    if len(words) != 1 or words[0] in ("-h", "--help"):
+        sys.stdout.write("usage: gsae verify PATH\n\nPATH is an activation store, a run directory, or a directory that holds runs.\n")
+        return 0 if words and words[0] in ("-h", "--help") else 2
+    from gsae.verify import verify
+
+    report = verify(Path(words[0]))
+    for problem in report.problems:
+        sys.stdout.write(f"{problem}\n")
+    sys.stdout.write(f"{words[0]}: {report.checked}; {len(report.problems) or 'no'} problem{'' if len(report.problems) == 1 else 's'}\n")
+    return 2 if report.problems else 0

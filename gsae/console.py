@@ -1,0 +1,324 @@
+"""What a person sees while a stage works. In: lines, progress and runs' numbers. Out: a live view on a terminal, plain lines elsewhere.
+
+Nothing is set up at import, and rich is imported only when something is first shown on a terminal. Ranks other than the
+first are silent, except about their own failure.
+"""
+
+import math
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.live import Live
+    from rich.progress import Progress
+    from rich.table import Table
+
+_STATE_STYLES = {"waiting": "dim", "finished": "green", "stopped": "red"}
+_COLUMNS = ("rows", "rows/s", "recon.", "spars.", "aux.", "L0", "FVU", "dead", "ETA", "state")
+_WORDS = ("rows", "rows/s", "reconstruction", "sparsity", "auxiliary", "L0", "FVU", "dead", "ETA", "state")
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """The numbers a training shows of one run; None where there is none yet."""
+
+    rows: int = 0
+    rows_per_second: float | None = None
+    reconstruction: float | None = None
+    sparsity: float | None = None
+    auxiliary: float | None = None
+    l0: float | None = None
+    fvu: float | None = None
+    dead_fraction: float | None = None
+    eta_seconds: float | None = None
+    state: str = "waiting"
+    """`waiting`, `running`, `finished`, `stopped`, or another short word."""
+
+
+def open_console(is_first_rank: bool) -> "Console":
+    """The console of this rank; open one a process."""
+    return Console(is_first_rank)
+
+
+class Console:
+    """One rank's voice. Made by `open_console`."""
+
+    def __init__(self, is_first_rank: bool) -> None:
+        self._is_first_rank = is_first_rank
+        self._is_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._rich: RichConsole | None = None
+
+    def say(self, text: str) -> None:
+        """One line of the log."""
+        if self._is_first_rank:
+            self.write(text)
+
+    def warn(self, text: str) -> None:
+        """One line about something that does not stop the work but should be known."""
+        if self._is_first_rank:
+            self.write(f"warning: {text}", style="yellow")
+
+    def fail(self, text: str) -> None:
+        """One line on stderr about what stopped the work. Any rank may say it: a failure of one rank alone must not be lost."""
+        sys.stderr.write(f"gsae: {' '.join(text.split())}\n")
+        sys.stderr.flush()
+
+    @contextmanager
+    def training(
+        self, site: str, run_names: Sequence[str], total_rows: int, is_shown: bool | None = None, num_groups: int = 1
+    ) -> "Iterator[TrainingView]":
+        """A view of the runs of one site while they train.
+
+        Args:
+            site: name of the site, the view's title.
+            run_names: the runs, in the order of the lines.
+            total_rows: rows of each run.
+            is_shown: whether this rank shows it; None shows it on the job's first rank. With several groups pass each group's `is_first`.
+            num_groups: groups that train at once. Several cannot share a terminal's live view, so they write plain lines.
+        """
+        shown = self._is_first_rank if is_shown is None else is_shown
+        view = TrainingView(self, site, run_names, total_rows, shown, self._rich_console() if shown and num_groups == 1 else None)
+        try:
+            yield view
+        finally:
+            view.close()
+
+    @contextmanager
+    def progress(self, title: str, total: int, unit: str, done: int = 0) -> "Iterator[ProgressBar]":
+        """One bar over the work of all ranks, shown by the first.
+
+        Args:
+            title: what is being done.
+            total: how many units there are, over all ranks.
+            unit: their name, in the plural.
+            done: how many an interrupted job had done before.
+        """
+        shown = self._is_first_rank
+        bar = ProgressBar(self, title, total, unit, done, shown, self._rich_console() if shown else None)
+        try:
+            yield bar
+        finally:
+            bar.close()
+
+    def write(self, text: str, style: str = "") -> None:
+        """One line, whatever the rank; with the time where there is no terminal. `style` colours it on a terminal."""
+        terminal = self._rich_console()
+        if terminal is None:
+            sys.stdout.write(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S} {text}\n")
+            sys.stdout.flush()
+        else:
+            terminal.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def _rich_console(self) -> "RichConsole | None":
+        """The one rich console of this process, if there is a terminal: what is written through it stands above a live view."""
+        if self._is_terminal and self._rich is None:
+            from rich.console import Console as RichConsole
+
+            self._rich = RichConsole()
+        return self._rich
+
+
+class Pace:
+    """When the next line is due: `least_seconds` after the last, later a hundredth of the time so far, at most `most_seconds`."""
+
+    def __init__(self, least_seconds: float = 5.0, most_seconds: float = 60.0) -> None:
+        self._least_seconds, self._most_seconds = least_seconds, most_seconds
+        self._start = time.monotonic()
+        self._last = -math.inf
+
+    def is_due(self) -> bool:
+        """Whether it is time for a line; if so, the wait for the next begins."""
+        now = time.monotonic()
+        if now - self._last < min(max(self._least_seconds, 0.01 * (now - self._start)), self._most_seconds):
+            return False
+        self._last = now
+        return True
+
+
+class TrainingView:
+    """The runs of one site while they train: a live table on a terminal, elsewhere a plain line a run from time to time and at the end."""
+
+    def __init__(
+        self, console: Console, site: str, run_names: Sequence[str], total_rows: int, is_shown: bool, terminal: "RichConsole | None"
+    ) -> None:
+        self._console = console
+        self._site = site
+        self._total_rows = total_rows
+        self._is_shown = is_shown
+        self._statuses = dict.fromkeys(run_names, RunStatus())
+        self._written = dict(self._statuses)
+        self._paces = {name: Pace() for name in run_names}
+        self._frames = Pace(least_seconds=0.25, most_seconds=0.25)
+        self._live = None if terminal is None else self._start_live(terminal)
+
+    def update(
+        self,
+        run_name: str,
+        rows: int,
+        rows_per_second: float | None,
+        reconstruction: float | None,
+        sparsity: float | None,
+        auxiliary: float | None,
+        l0: float | None,
+        fvu: float | None,
+        dead_fraction: float | None,
+        eta_seconds: float | None,
+        state: str,
+    ) -> None:
+        """New numbers of one run. The view decides when it shows them: a new state at once, numbers at its pace."""
+        is_new_state = self._statuses[run_name].state != state
+        self._statuses[run_name] = RunStatus(
+            rows, rows_per_second, reconstruction, sparsity, auxiliary, l0, fvu, dead_fraction, eta_seconds, state
+        )
+        if self._live is not None:
+            if self._frames.is_due() or is_new_state:
+                self._live.update(self._table(self._live.console.width), refresh=True)
+        elif self._is_shown and (self._paces[run_name].is_due() or is_new_state):
+            self._write_line(run_name)
+
+    def say(self, text: str) -> None:
+        """One line of the log about this site, from the rank that shows the view."""
+        if self._is_shown:
+            self._console.write(f"{self._site}: {text}")
+
+    def close(self) -> None:
+        """Show the last numbers and leave the terminal as it was."""
+        if self._live is not None:
+            self._live.update(self._table(self._live.console.width))
+            self._live.stop()
+        elif self._is_shown:
+            for name, status in self._statuses.items():
+                if status is not self._written[name]:
+                    self._write_line(name)
+
+    def _start_live(self, terminal: "RichConsole") -> "Live":
+        from rich.live import Live
+
+        live = Live(self._table(terminal.width), console=terminal, auto_refresh=False)
+        live.start(refresh=True)
+        return live
+
+    def _table(self, width: int) -> "Table":
+        return _runs_table(f"{self._site}, {format_count(self._total_rows)} rows a run", self._statuses, self._total_rows, width)
+
+    def _write_line(self, run_name: str) -> None:
+        status = self._written[run_name] = self._statuses[run_name]
+        numbers = ", ".join(f"{word} {cell}" for word, cell in zip(_WORDS, _cells(status, self._total_rows), strict=True))
+        self._console.write(f"{self._site} {run_name}: {numbers}")
+
+
+class ProgressBar:
+    """Work done out of a total: a bar on a terminal, elsewhere a plain line from time to time and at the end."""
+
+    def __init__(
+        self, console: Console, title: str, total: int, unit: str, done: int, is_shown: bool, terminal: "RichConsole | None"
+    ) -> None:
+        self._console = console
+        self._title, self._total, self._unit = title, total, unit
+        self._done_before = self._done = done
+        self._is_shown = is_shown
+        self._start = time.monotonic()
+        self._pace = Pace() if terminal is None else Pace(least_seconds=0.25, most_seconds=0.25)
+        self._live = None if terminal is None else self._start_live(terminal)
+
+    def advance(self, n: int = 1) -> None:
+        """`n` more units are done, over all ranks."""
+        self._done += n
+        if self._is_shown and self._pace.is_due():
+            self._show()
+
+    def close(self) -> None:
+        """Show the last numbers and leave the terminal as it was."""
+        if self._is_shown:
+            self._show()
+        if self._live is not None:
+            self._live.stop()
+
+    def _start_live(self, terminal: "RichConsole") -> "Progress":
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[numbers]}"))
+        live = Progress(*columns, console=terminal, auto_refresh=False)
+        live.add_task(self._title, total=self._total, completed=self._done, numbers="")
+        live.start()
+        return live
+
+    def _show(self) -> None:
+        seconds = time.monotonic() - self._start
+        rate = (self._done - self._done_before) / seconds if seconds > 0 else 0.0
+        numbers = f"{self._done:,} of {self._total:,} {self._unit}, {format_count(rate)}/s, "
+        if self._done < self._total:
+            numbers += f"ETA {format_duration((self._total - self._done) / rate if rate > 0 else None)}"
+        else:
+            numbers += f"took {format_duration(seconds)}"
+        if self._live is None:
+            self._console.write(f"{self._title}: {numbers}")
+        else:
+            self._live.update(self._live.task_ids[0], completed=self._done, numbers=numbers, refresh=True)
+
+
+def format_count(value: float | None) -> str:
+    """A count in at most five characters: `512`, `9.41k`, `154k`, `1.20M`."""
+    if value is None:
+        return "-"
+    units = iter(("", "k", "M", "G", "T"))
+    unit = next(units)
+    while 999.5 <= abs(value) < math.inf and unit != "T":
+        value, unit = value / 1000, next(units)
+    digits = 0 if unit == "" or abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
+    return f"{value:.{digits}f}{unit}"
+
+
+def format_duration(seconds: float | None) -> str:
+    """A time in at most six characters: `45s`, `12m05s`, `3h07m`, `2d04h`."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def _format_number(value: float | None) -> str:
+    """A number in at most five characters: `0.312`, `46.4`, `1.05k`, `3e-05`."""
+    if value is None or abs(value) >= 999.5:
+        return format_count(value)
+    if 0 < abs(value) < 0.0005:
+        return f"{value:.0e}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _cells(status: RunStatus, total_rows: int) -> list[str]:
+    """The texts of `_COLUMNS`."""
+    done = f"{format_count(status.rows)} {status.rows / max(total_rows, 1):.0%}"
+    losses = [_format_number(value) for value in (status.reconstruction, status.sparsity, status.auxiliary, status.l0, status.fvu)]
+    dead = "-" if status.dead_fraction is None else f"{100 * status.dead_fraction:.1f}%"
+    return [done, format_count(status.rows_per_second), *losses, dead, format_duration(status.eta_seconds), status.state]
+
+
+def _runs_table(title: str, statuses: Mapping[str, RunStatus], total_rows: int, width: int) -> "Table":
+    """One line a run; a name too long for the width is broken at a hyphen instead of being cut."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("run", no_wrap=True)
+    for name in _COLUMNS:
+        table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
+    rows_of_cells = {name: _cells(status, total_rows) for name, status in statuses.items()}
+    taken = sum(1 + max(len(cell) for cell in column) for column in zip(_COLUMNS, *rows_of_cells.values(), strict=True))
+    for name, cells in rows_of_cells.items():
+        lines = textwrap.wrap(name, max(width - taken - 1, 16), subsequent_indent="  ")
+        table.add_row("\n".join(lines), *cells, style=_STATE_STYLES.get(statuses[name].state, ""))
+    return table

@@ -1,0 +1,1 @@
+"""Text: from files to documents, pieces and packed contexts."""

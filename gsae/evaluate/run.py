@@ -1,0 +1,190 @@
+"""The evaluate stage. In: the config, its store's manifest and its runs. Out: `results.json` in the directory of each run.
+
+Contexts are cut into fixed batches and batch i goes to rank i mod R. After every round of R batches the ranks' sums are added in
+batch order, so the numbers do not depend on R.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from gsae.config import Config
+from gsae.console import Console, open_console
+from gsae.corpus.contexts import held_out_contexts
+from gsae.corpus.documents import corpus_identity
+from gsae.errors import ConfigError
+from gsae.evaluate.batch import BatchSums, SpliceChecks, SplicedRun, SplicedSite, cut_batches, evaluate_batch
+from gsae.evaluate.bootstrap import draw_documents
+from gsae.evaluate.density import FiringCounts
+from gsae.evaluate.results import Evidence, TrainedRun, evaluation_identity, find_trained_runs, is_evaluated, write_results
+from gsae.evaluate.splice import EvaluationBatch
+from gsae.evaluate.sums import RunSums, SiteSums, Sums
+from gsae.llm.load import LLM, LLMInfo, describe, load
+from gsae.llm.site import Site, Tail
+from gsae.sae.formats import load_sae
+from gsae.store.manifest import Manifest
+from gsae.store.manifest import load as load_manifest
+from gsae.store.shards import DTYPES
+from gsae.world import Group, World
+
+SHOWN = {
+    "L0": "l0",
+    "FVU": "fvu",
+    "gamma": "gamma",
+    "delta CE": "delta_ce",
+    "loss recovered": "loss_recovered",
+    "not seen": "not_seen_fraction",
+}
+"""Metrics shown on the console, by the words they are shown with."""
+
+AnySums = TypeVar("AnySums", bound=Sums)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What there is to evaluate."""
+
+    manifest: Manifest
+    identity: dict[str, Any]
+    """What the numbers depend on beside a run's weights."""
+    pending: list[TrainedRun]
+    """Runs without results of their newest checkpoint."""
+    num_done: int
+    """Runs that have them."""
+
+
+class Totals:
+    """The sums of every document, over all batches so far. They are added in the order of the batches."""
+
+    def __init__(self, num_documents: int) -> None:
+        self.sites: dict[str, SiteSums] = {}
+        self.runs: dict[str, RunSums] = {}
+        self.num_documents = num_documents
+
+    def add(self, batch: BatchSums) -> None:
+        """Add one batch's sums."""
+        self._add(self.sites, batch, batch.sites)
+        self._add(self.runs, batch, batch.runs)
+
+    def _add(self, sums: dict[str, AnySums], batch: BatchSums, parts: Mapping[str, AnySums]) -> None:
+        for name, part in parts.items():
+            if name not in sums:
+                sums[name] = part.zeros(self.num_documents)
+            sums[name].add(batch.documents, part)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All batches together."""
+
+    totals: Totals
+    """On the first rank; empty on the others."""
+    firing: dict[str, FiringCounts]
+    """Of each run, over all ranks."""
+    checks: Mapping[str, SpliceChecks]
+    """Of each site; on the first rank."""
+
+
+def run_evaluate(config: Config, world: World) -> None:
+    """Evaluate the newest checkpoint of every run below `config.output` that has no results of it yet. All ranks call this.
+
+    Raises:
+        CheckpointError: there is no run, or one has no whole checkpoint, or belongs to another store.
+        StoreError: the store that gives the masks is not whole.
+        CorpusError: the held-out text holds too few documents.
+    """
+    console, everyone = open_console(world.is_first), world.everyone
+    plan = everyone.on_first(lambda: _plan(config))
+    if not plan.pending:
+        console.say(f"evaluate: all {plan.num_done} runs below {config.output} have the results of their newest checkpoint")
+        return
+    with everyone.together():
+        llm = load(config.llm, world.device)
+        sites = _load_sites(plan, llm, world.device)
+    contexts = everyone.on_first(lambda: held_out_contexts(config.corpus, config.evaluate, llm.tokenizer, plan.manifest.context_length))
+    batches = cut_batches(contexts, config.evaluate.batch_contexts)
+    outcome = _evaluate_batches(llm, sites, batches, everyone, console)
+    everyone.on_first(lambda: _write(config, plan, sites, batches, outcome, console))
+
+
+def _plan(config: Config) -> Plan:
+    manifest, info = load_manifest(Path(config.store_directory)), describe(config.llm)
+    _require_same_source(config, manifest, info)
+    runs = find_trained_runs(Path(config.output), manifest)
+    identity = evaluation_identity(config, manifest, info)
+    pending = [run for run in runs if not is_evaluated(run, identity)]
+    return Plan(manifest, identity, pending, len(runs) - len(pending))
+
+
+def _require_same_source(config: Config, manifest: Manifest, info: LLMInfo) -> None:
+    """Held-out documents are held out of the store only if its text and split are the config's, and so must be its LLM."""
+    for section, here in (("llm", info.identity), ("corpus", corpus_identity(config.corpus))):
+        there = manifest.identity[section]
+        differing = [name for name in here if name in there and there[name] != here[name]]
+        if differing:
+            name = differing[0]
+            raise ConfigError(
+                f"{section}: the store {config.store_directory} was harvested with {name} {there[name]!r}, this config has {here[name]!r}; "
+                "evaluate with the config of the harvest"
+            )
+
+
+def _load_sites(plan: Plan, llm: LLM, device: torch.device) -> list[SplicedSite]:
+    """The sites of the pending runs in layer order, each with its SAEs on the device."""
+    sites = []
+    for name, described in plan.manifest.sites.items():
+        runs = tuple(
+            SplicedRun(run.name, load_sae(run.checkpoint).sae.to(device).requires_grad_(False), run.description["scale"])
+            for run in plan.pending
+            if run.description["site"] == name
+        )
+        if runs:
+            site = Site(name, described.layer, described.module)
+            mean, storage_dtype = described.mean.to(device), DTYPES[plan.manifest.dtype]
+            sites.append(SplicedSite(site, Tail(llm.model, site), mean, described.max_norm, storage_dtype, runs))
+    return sites
+
+
+def _evaluate_batches(
+    llm: LLM, sites: Sequence[SplicedSite], batches: Sequence[EvaluationBatch], everyone: Group, console: Console
+) -> Outcome:
+    """All batches, one a rank at a time; a round ends when every rank's sums are added."""
+    device = everyone.device
+    totals = Totals(1 + max(int(batch.documents.max()) for batch in batches))
+    firing = {run.name: FiringCounts.none(run.sae.num_features, device) for site in sites for run in site.runs}
+    checks: Mapping[str, SpliceChecks] = {}
+    with console.progress("evaluate", sum(batch.num_tokens for batch in batches), "tokens") as bar:
+        for start in range(0, len(batches), everyone.size):
+            round_of_batches = batches[start : start + everyone.size]
+            sums: BatchSums | None = None
+            with everyone.together():
+                if everyone.rank < len(round_of_batches):
+                    result = evaluate_batch(llm, sites, round_of_batches[everyone.rank].to(device), check=start + everyone.rank == 0)
+                    sums, checks = result.sums, checks or result.checks
+                    firing = {name: counts + result.firing[name] for name, counts in firing.items()}
+            for part in everyone.gather_objects(sums):
+                if part is not None and everyone.is_first:
+                    totals.add(part)
+            bar.advance(sum(batch.num_tokens for batch in round_of_batches))
+    reduced = {
+        name: FiringCounts(everyone.reduce(each.features, "sum"), everyone.reduce(each.l0_histogram, "sum"))
+        for name, each in firing.items()
+    }
+    return Outcome(totals, reduced, checks)
+
+
+def _write(
+    config: Config, plan: Plan, sites: Sequence[SplicedSite], batches: Sequence[EvaluationBatch], outcome: Outcome, console: Console
+) -> None:
+    draws = draw_documents(outcome.totals.num_documents, config.evaluate.bootstrap_draws, config.evaluate.seed)
+    num_contexts, num_tokens = sum(len(batch.tokens) for batch in batches), sum(batch.num_tokens for batch in batches)
+    evidence = Evidence(plan.identity, num_contexts, num_tokens, draws, outcome.checks)
+    saes = {run.name: run.sae for site in sites for run in site.runs}
+    for run in plan.pending:
+        site_sums, run_sums = outcome.totals.sites[run.description["site"]], outcome.totals.runs[run.name]
+        metrics = write_results(run, site_sums, run_sums, outcome.firing[run.name], saes[run.name].W_dec, evidence)
+        shown = ", ".join(f"{name} {metrics[key]:.4g}" for name, key in SHOWN.items() if metrics[key] is not None)
+        console.say(f"{run.name}: {shown}")

@@ -1,0 +1,115 @@
+"""Sums over rows, kept a document at a time. In: float64 values a token. Out: sums a document, added in the order of the batches.
+
+Every metric is one division of such sums at the very end. Because a batch's sums do not depend on the rank that made them and
+are added in batch order, the metrics do not depend on the number of ranks. A bootstrap draw weights the same sums anew.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Self, get_args, get_type_hints
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Base of named float64 sums. The leading axis of every field is tokens, documents or draws; totals have none."""
+
+    def _map(self, work: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(**{field.name: work(getattr(self, field.name)) for field in fields(self)})
+
+    def by_document(self, membership: Float[Tensor, "documents tokens"]) -> Self:
+        """Values a token, added up within each document, on the CPU."""
+        return self._map(lambda value: (membership @ value).cpu())
+
+    def total(self) -> Self:
+        """The sums over all documents."""
+        return self._map(lambda value: value.sum(0))
+
+    def drawn(self, weights: Float[Tensor, "draws documents"]) -> Self:
+        """The sums over documents of each bootstrap draw, in which a document counts `weights` times."""
+        return self._map(lambda value: weights @ value)
+
+    def add(self, documents: Int[Tensor, " part"], part: Self) -> None:
+        """Add a batch's sums to those of its documents, in place."""
+        for field in fields(self):
+            getattr(self, field.name)[documents] += getattr(part, field.name)
+
+    def zeros(self, num_documents: int) -> Self:
+        """Sums of the same fields and trailing shapes, all zero, one row a document."""
+        return self._map(lambda value: value.new_zeros(num_documents, *value.shape[1:]))
+
+
+@dataclass(frozen=True)
+class SiteSums(Sums):
+    """What does not depend on an SAE. Distances are to the mean of the store's kept rows, `mean` below."""
+
+    kept_rows: Float[Tensor, "..."]
+    """Rows that the mask lets in."""
+    dropped_rows: Float[Tensor, "..."]
+    """Rows of text that it does not."""
+    squared_distance: Float[Tensor, "..."]
+    """|x - mean|^2 of kept rows."""
+    squared_distance_dropped: Float[Tensor, "..."]
+    """|x - mean|^2 of dropped rows."""
+    offset: Float[Tensor, "... d_model"]
+    """x - mean of kept rows."""
+    targets: Float[Tensor, "..."]
+    """Tokens that are predicted."""
+    ce_clean: Float[Tensor, "..."]
+    """Their cross-entropy in the untouched LLM, in nats."""
+    ce_zero: Float[Tensor, "..."]
+    """With kept rows replaced by zero."""
+    ce_mean: Float[Tensor, "..."]
+    """With kept rows replaced by the mean."""
+    ce_zero_all_rows: Float[Tensor, "..."]
+    """With all rows replaced by zero."""
+    ce_mean_all_rows: Float[Tensor, "..."]
+    """With all rows replaced by the mean."""
+
+
+@dataclass(frozen=True)
+class RunSums(Sums):
+    """What one SAE adds, in raw units (x_hat already divided by the scale)."""
+
+    squared_error: Float[Tensor, "..."]
+    """|x - x_hat|^2 of kept rows."""
+    squared_error_dropped: Float[Tensor, "..."]
+    """|x - x_hat|^2 of dropped rows."""
+    squared_x_hat: Float[Tensor, "..."]
+    """|x_hat|^2 of kept rows."""
+    inner: Float[Tensor, "..."]
+    """x . x_hat of kept rows."""
+    cosine: Float[Tensor, "..."]
+    """Cosine between x and x_hat of kept rows."""
+    l0: Float[Tensor, "..."]
+    """Features on, of kept rows."""
+    ce_spliced: Float[Tensor, "..."]
+    """Cross-entropy with kept rows replaced by x_hat, in nats."""
+    kl: Float[Tensor, "..."]
+    """KL divergence of the spliced from the clean next-token distribution, in nats."""
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Which tokens of a batch belong to which document."""
+
+    documents: Int[Tensor, " documents"]
+    """The documents that occur, as indices into all documents of the evaluation."""
+    matrix: Float[Tensor, "documents tokens"]
+    """1 where the token belongs to the document; padding belongs to none."""
+
+
+def find_membership(documents: Int[Tensor, "contexts length"]) -> Membership:
+    """The membership of a batch's tokens; `documents` is -1 on padding."""
+    flat = documents.flatten()
+    found = torch.unique(flat[flat >= 0])
+    return Membership(found.cpu(), (found[:, None] == flat[None, :]).double())
+
+
+def definitions(metrics: type) -> dict[str, str]:
+    """What every metric of a dataclass means: the text its field is annotated with, written into results.json beside the numbers."""
+    hints = get_type_hints(metrics, include_extras=True)
+    return {field.name: get_args(hints[field.name])[1] for field in fields(metrics)}

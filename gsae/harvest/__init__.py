@@ -1,0 +1,1 @@
+"""Stage 1: run the LLM over contexts and store activations."""

@@ -1,0 +1,1 @@
+"""The LLM whose activations are read."""

@@ -1,0 +1,1 @@
+"""Stage 4: one page, tables and plots of runs."""

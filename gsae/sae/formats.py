@@ -1,0 +1,109 @@
+"""SAEs on disk, in the native format. In: an SAE and what it is for. Out: `sae.safetensors` + `sae.json`, and back.
+
+The two files are all that is needed to use the SAE. `sae.json` holds the SHA-256 of the weights, so a damaged pair is found.
+"""
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from gsae.errors import CheckpointError
+from gsae.sae.objective import SAE, SAE_CLASS
+from gsae.sae.relu import ReluSAE
+
+FORMAT = 1
+WEIGHTS_FILE = "sae.safetensors"
+DESCRIPTION_FILE = "sae.json"
+
+
+class SavedSAE(NamedTuple):
+    """An SAE read from disk."""
+
+    sae: SAE
+    description: dict[str, Any]
+    """The whole object in `sae.json`."""
+
+
+def save_sae(directory: Path, sae: SAE, description: dict[str, Any]) -> None:
+    """Write the SAE into `directory`, made if need be. A caller that must not leave half a pair renames the directory afterwards.
+
+    Args:
+        directory: where the two files go.
+        sae: its parameters are stored in their own type.
+        description: plain data; `objective` is needed to read it back, the rest (site, scale, LLM, ...) is the user's.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = save_tensors({name: value.detach().cpu().contiguous() for name, value in sae.state_dict().items()})
+    own = {"format": FORMAT, "d_model": sae.d_model, "num_features": sae.num_features, "sha256": hashlib.sha256(weights).hexdigest()}
+    (directory / WEIGHTS_FILE).write_bytes(weights)
+    (directory / DESCRIPTION_FILE).write_text(json.dumps({**description, **own}, indent=1) + "\n", encoding="utf-8")
+
+
+def load_sae(directory: Path) -> SavedSAE:
+    """Read an SAE onto the CPU.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of another format.
+    """
+    description = _read_description(directory / DESCRIPTION_FILE)
+    path = directory / WEIGHTS_FILE
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; give a directory with both {WEIGHTS_FILE} and {DESCRIPTION_FILE}") from error
+    if hashlib.sha256(data).hexdigest() != description["sha256"]:
+        raise CheckpointError(
+            f"{path}: SHA-256 differs from {DESCRIPTION_FILE}, the file is damaged; use another checkpoint, or copy it again"
+        )
+    tensors = load_tensors(data)
+    dtype = next(iter(tensors.values())).dtype
+    sae = SAE_CLASS[description["objective"]](description["d_model"], description["num_features"], dtype)
+    try:
+        sae.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit {DESCRIPTION_FILE}: {' '.join(str(error).split())}; use another checkpoint") from error
+    return SavedSAE(sae, description)
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    cure = f"give a directory with {DESCRIPTION_FILE} written by gsae"
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; {cure}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); {cure}") from error
+    if not isinstance(description, dict):
+        raise CheckpointError(f"{path}: not a JSON object; {cure}")
+    missing = [key for key in ("format", "objective", "d_model", "num_features", "sha256") if key not in description]
+    if missing:
+        raise CheckpointError(f"{path}: has no {missing[0]!r}; {cure}")
+    if description["format"] != FORMAT:
+        raise CheckpointError(f"{path}: format {description['format']!r}, this version reads {FORMAT}; use the gsae that wrote it")
+    if description["objective"] not in SAE_CLASS:
+        raise CheckpointError(f"{path}: objective {description['objective']!r} is none of {', '.join(SAE_CLASS)}; {cure}")
+    return description
+
+
+@torch.no_grad()
+def fold_scale(sae: SAE, scale: float) -> SAE:
+    """The same function on raw activations: a new SAE whose x_hat is that of `sae` on `scale * x`, divided by `scale`.
+
+    W_enc' = s n W_enc;  W_dec' = W_dec / (s n);  b_dec' = b_dec / s;  b_enc', b_gate', b_mag' = n b  with n = |W_dec row| / s,
+    so decoder rows have norm 1 and r_mag stays. A decoder row of zeros keeps its norm.
+    """
+    folded = copy.deepcopy(sae)
+    norms = torch.linalg.vector_norm(sae.W_dec, dim=1) / scale
+    norms = torch.where(norms > 0, norms, torch.ones_like(norms))
+    folded.encoder.mul_(scale * norms)
+    folded.W_dec.div_((scale * norms)[:, None])
+    folded.b_dec.div_(scale)
+    for bias in (folded.b_enc,) if isinstance(folded, ReluSAE) else (folded.b_gate, folded.b_mag):
+        bias.mul_(norms)
+    return folded

@@ -1,0 +1,1 @@
+"""What the stages keep on disk: activation stores and run directories."""

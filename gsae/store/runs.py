@@ -1,0 +1,154 @@
+"""Run directories on disk: what training writes and evaluation, report and verify read.
+
+`<output>/<site>/<run>/` holds `run.json` (what is trained), `config.yaml`, `metrics.jsonl`, `checkpoints/<step>/` and later
+`results.json`. A checkpoint is written aside, fsynced and renamed, and lists the SHA-256 of its files: it is whole or absent.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gsae.errors import CheckpointError
+from gsae.store.durable import fsync_directory, fsync_file
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+RESULTS_FILE = "results.json"
+CONTENTS_FILE = "checkpoint.json"
+CHECKPOINT_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A finished checkpoint directory."""
+
+    path: Path
+    step: int
+
+
+def find_runs(directory: Path) -> list[Path]:
+    """All run directories at or below `directory`, in path order."""
+    return sorted(found.parent for found in directory.rglob(RUN_FILE))
+
+
+def checkpoints(run: Path) -> list[Checkpoint]:
+    """The finished checkpoints of a run, oldest first."""
+    folder = run / "checkpoints"
+    names = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return [Checkpoint(path, int(path.name)) for path in sorted(names)]
+
+
+def newest_checkpoint(run: Path) -> Checkpoint:
+    """The newest finished checkpoint, its files checked against their hashes.
+
+    Raises:
+        CheckpointError: there is none, or its files are damaged.
+    """
+    found = checkpoints(run)
+    if not found:
+        raise CheckpointError(f"run {run} has no checkpoint yet; run gsae train with its config first")
+    require_whole(found[-1].path)
+    return found[-1]
+
+
+def write_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Checkpoint:
+    """Let `write` fill a directory aside, then hash, fsync and rename it to `checkpoints/<step>`.
+
+    Only one rank calls this. A checkpoint of the same step is replaced.
+    """
+    folder = run / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob("*.partial"):
+        shutil.rmtree(left_over)
+    aside, final = folder / f"{step:08d}.partial", folder / f"{step:08d}"
+    aside.mkdir()
+    write(aside)
+    hashes = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
+    body = {"format": CHECKPOINT_FORMAT, "step": step, "sha256": hashes}
+    (aside / CONTENTS_FILE).write_text(json.dumps({**body, "digest": _digest(body)}, indent=1) + "\n")
+    for path in aside.iterdir():
+        fsync_file(path)
+    fsync_directory(aside)
+    if final.exists():
+        shutil.rmtree(final)
+    aside.rename(final)
+    fsync_directory(folder)
+    return Checkpoint(final, step)
+
+
+def prune_checkpoints(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints; each is renamed first, so that none is ever half there."""
+    for old in checkpoints(run)[:-keep]:
+        doomed = old.path.with_name(f"{old.path.name}.partial")
+        old.path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def damage(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint directory: missing, added or changed files. Empty when it is whole."""
+    try:
+        contents = json.loads((checkpoint / CONTENTS_FILE).read_text())
+        body = {key: contents[key] for key in ("format", "step", "sha256")}
+        hashes: dict[str, str] = dict(body["sha256"])
+        digest_holds = contents["digest"] == _digest(body)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{checkpoint / CONTENTS_FILE}: unreadable ({error})"]
+    if not digest_holds:
+        return [f"{checkpoint / CONTENTS_FILE}: changed after it was written"]
+    if body["format"] != CHECKPOINT_FORMAT:
+        return [f"{checkpoint}: format {body['format']}, this version reads {CHECKPOINT_FORMAT}"]
+    problems = [f"{checkpoint / name}: missing" for name in hashes if not (checkpoint / name).is_file()]
+    changed = (name for name, wanted in hashes.items() if (checkpoint / name).is_file() and _sha256(checkpoint / name) != wanted)
+    return problems + [f"{checkpoint / name}: SHA-256 differs from {CONTENTS_FILE}" for name in changed]
+
+
+def require_whole(checkpoint: Path) -> None:
+    """Raise CheckpointError when a checkpoint is damaged; the message names the file and the cure."""
+    problems = damage(checkpoint)
+    if problems:
+        raise CheckpointError(f"{problems[0]}; delete {checkpoint} and run gsae train again to resume from the one before")
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """The object in `run.json`.
+
+    Raises:
+        CheckpointError: it is missing or not JSON.
+    """
+    try:
+        value: dict[str, Any] = json.loads((run / RUN_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{run / RUN_FILE}: {error}; give a run directory that gsae train wrote") from error
+    return value
+
+
+def find_difference(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """The first setting in which two objects of `run.json` differ, with both values; None when they are equal."""
+    for name in sorted({*there, *wanted} - {"settings", "train_fingerprint"}):
+        if there.get(name) != wanted.get(name):
+            return f"{name} {there.get(name)!r}, this config has {wanted.get(name)!r}"
+    return find_difference(there["settings"], wanted["settings"]) if "settings" in wanted else None
+
+
+def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of `metrics.jsonl`; a half-written last one is passed over."""
+    path = run / METRICS_FILE
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

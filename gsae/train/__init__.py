@@ -1,0 +1,1 @@
+"""Stage 2: train SAEs from an activation store."""

@@ -1,0 +1,184 @@
+"""The runs of one site while they train. In: a bank's specification, a stream, a group of ranks. Out: `Bank` and its `Run`s, stepped.
+
+All runs of a bank see the same rows; each has its own DDP module, so one that has stopped is skipped by all ranks alike.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gsae.config import TrainConfig
+from gsae.sae.objective import SAE, UNIT_NORM, Forward, build, objective
+from gsae.store.manifest import SiteManifest
+from gsae.store.stream import Batch, Stream
+from gsae.train.firing import FiringCounter
+from gsae.train.meter import Meter
+from gsae.train.optim import SAEOptimizer
+from gsae.train.plan import BankSpec, RunSpec
+from gsae.train.schedule import lambda_multiplier, learning_rate_multiplier, recovery_multiplier
+from gsae.world import Group
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a run's forward pass gives; only `total` carries a gradient."""
+
+    total: Float[Tensor, ""]
+    forward: Forward
+
+
+class TrainingModule(nn.Module):
+    """An SAE with its loss inside `forward`, so that DDP sees the whole step."""
+
+    def __init__(self, sae: SAE, spec: RunSpec) -> None:
+        super().__init__()
+        self.sae = sae
+        self._objective = objective(spec.objective)
+
+    def forward(self, x: Float[Tensor, "rows d_model"], lambda_: float) -> StepOutput:
+        """The loss on scaled rows."""
+        result = self._objective(self.sae, x)
+        return StepOutput(result.losses.total(lambda_), result)
+
+
+@dataclass
+class Run:
+    """One SAE in training."""
+
+    spec: RunSpec
+    directory: Path
+    sae: SAE
+    module: nn.Module
+    """The training module under DDP."""
+    optimizer: SAEOptimizer
+    firing: FiringCounter
+    meter: Meter
+    event_step: int | None = None
+    """Step of the last event that resampled features."""
+    resampled: Int[Tensor, " resampled"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """Features resampled at that event, until their outcome is reported."""
+    low_l0_steps: int = 0
+    """Steps for which L0 has been under 1 without a break."""
+    high_fvu_steps: int = 0
+    """Steps for which FVU has been over 1 without a break."""
+    seconds: float = 0.0
+    """Time spent training, over all sessions."""
+    stopped: str | None = None
+    """Why the run ended before its time."""
+    finished: bool = False
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it still trains."""
+        return self.stopped is None and not self.finished
+
+
+@dataclass
+class Bank:
+    """The runs of one site, at a step."""
+
+    spec: BankSpec
+    config: TrainConfig
+    group: Group
+    open_stream: Callable[[], Stream]
+    """A stream of the site's rows, at its beginning."""
+    stream: Stream
+    """The one that training reads."""
+    runs: list[Run]
+    variance: float
+    """E|x - mean|^2 of the scaled rows: 1, unless train.scale_activations is off."""
+    step: int = 0
+    stopping: bool = False
+    """Whether all ranks agreed to stop here."""
+
+    @property
+    def active_runs(self) -> list[Run]:
+        """The runs that still train."""
+        return [run for run in self.runs if run.is_active]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the stream taken, over all ranks."""
+        return self.step * self.spec.batch_rows
+
+    def learning_rate(self, run: Run, step: int) -> float:
+        """The step size of an update; the first is number 0."""
+        total, config = self.spec.total_steps, self.config
+        shape = learning_rate_multiplier(step, total, config.schedule)
+        return run.spec.learning_rate * shape * recovery_multiplier(step, run.event_step, total, config.resampling)
+
+    def lambda_(self, run: Run, step: int) -> float:
+        """The sparsity coefficient of an update; the first is number 0."""
+        return run.spec.lambda_ * lambda_multiplier(step, self.spec.total_steps, self.config.schedule)
+
+    def scaled(self, x: Float[Tensor, "rows d_model"], run: Run) -> Float[Tensor, "rows d_model"]:
+        """Stored rows on the device, in the training type, times the site's scale."""
+        return x.to(self.group.device, torch_dtype(self.config)) * run.spec.scale
+
+
+class Chore(Protocol):
+    """Something the loop does every so many steps; all ranks of the group do it at the same step."""
+
+    def is_due(self, bank: Bank) -> bool:
+        """Whether to run after the step just made."""
+
+    def run(self, bank: Bank) -> None:
+        """Do it."""
+
+
+def train(bank: Bank, chores: Sequence[Chore]) -> None:
+    """Step all runs to the last step, or until none is left or the ranks agreed to stop. Chores run in list order after each step."""
+    while bank.step < bank.spec.total_steps and bank.active_runs and not bank.stopping:
+        x = bank.stream.next_batch().x
+        for run in bank.active_runs:
+            train_step(bank, run, bank.scaled(x, run))
+        bank.step += 1
+        for chore in chores:
+            if chore.is_due(bank):
+                chore.run(bank)
+
+
+def train_step(bank: Bank, run: Run, x: Float[Tensor, "rows d_model"]) -> None:
+    """One optimizer update of one run: forward, backward, clip, update; nothing here waits for the device."""
+    run.optimizer.zero_grad()
+    output: StepOutput = run.module(x, bank.lambda_(run, bank.step))
+    output.total.backward()
+    report = run.optimizer.step(bank.learning_rate(run, bank.step))
+    run.firing.update(output.forward.f, output.forward.gate_open, bank.spec.batch_rows)
+    run.meter.update(output.forward, report, bank.step)
+
+
+def torch_dtype(config: TrainConfig) -> torch.dtype:
+    """The type of weights and products."""
+    return torch.float64 if config.dtype == "float64" else torch.float32
+
+
+def make_run(spec: RunSpec, directory: Path, config: TrainConfig, site: SiteManifest, group: Group) -> Run:
+    """A run at its initial values, the same on all ranks."""
+    sae = build(spec.objective, spec.d_model, spec.num_features, spec.seed, torch_dtype(config)).to(group.device)
+    if config.decoder_bias == "mean":
+        with torch.no_grad():
+            sae.b_dec.copy_(site.mean * spec.scale)
+    optimizer = SAEOptimizer(
+        sae,
+        betas=config.adam_betas,
+        eps=config.adam_eps,
+        unit_norm=spec.objective in UNIT_NORM,
+        clip_gradient_norm=config.clip_gradient_norm,
+    )
+    module = group.wrap(TrainingModule(sae, spec))
+    return Run(spec, directory, sae, module, optimizer, FiringCounter(spec.num_features, group.device), Meter(group.device))
+
+
+def fresh_rows(bank: Bank, run: Run, num_rows: int) -> Iterator[Batch]:
+    """Scaled local batches of at least `num_rows` rows over all ranks: those that training will see next, read by a stream of their own."""
+    with bank.open_stream() as stream:
+        stream.seek(bank.rows)
+        for _ in range(-(-num_rows // bank.spec.batch_rows)):
+            batch = stream.next_batch()
+            yield replace(batch, x=bank.scaled(batch.x, run))

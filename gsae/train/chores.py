@@ -1,0 +1,262 @@
+"""What the training loop does every so many steps. In: a bank after a step. Out: metrics lines, resampled features, checkpoints, a stop.
+
+The order is fixed: log, resample, checkpoint, stop. All ranks of the group do a chore at the same step; the first rank writes.
+"""
+
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from gsae.console import TrainingView
+from gsae.store.durable import write_json_atomically
+from gsae.store.runs import METRICS_FILE
+from gsae.train import resample
+from gsae.train.bank import Bank, Run, fresh_rows
+from gsae.train.checkpoint import save_run
+from gsae.train.meter import Reading
+from gsae.train.schedule import event_steps, warmup_steps
+
+UNHEALTHY_FRACTION = 0.05
+"""Share of the run after which one with L0 under 1 or FVU over 1 is stopped."""
+
+
+def checkpoint_steps(bank: Bank) -> int:
+    """Steps between two checkpoints."""
+    return max(1, math.ceil(bank.spec.total_steps * bank.config.checkpoint_every_fraction))
+
+
+def is_checkpoint_due(bank: Bank) -> bool:
+    """Whether the step just made ends with a checkpoint; the last one does."""
+    return bank.step % checkpoint_steps(bank) == 0 or bank.step == bank.spec.total_steps
+
+
+def write_metrics(bank: Bank, run: Run, kind: str, values: dict[str, Any]) -> None:
+    """Append a line to the run's metrics.jsonl, on the group's first rank."""
+    if bank.group.is_first:
+        line = {"kind": kind, "step": bank.step, "rows": bank.rows, **values}
+        with (run.directory / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.flush()
+            if is_checkpoint_due(bank):
+                os.fsync(file.fileno())
+
+
+class Log:
+    """A metrics line a run; stops runs that are not finite, or have had L0 under 1 or FVU over 1 for too long.
+
+    Also due before each checkpoint, so that a checkpoint need not hold half-summed measures.
+    """
+
+    def __init__(self, view: TrainingView) -> None:
+        self._view = view
+        self._time = time.monotonic()
+        self._step: int | None = None
+
+    def is_due(self, bank: Bank) -> bool:
+        """Every `train.log_every_steps`, and before a checkpoint."""
+        if self._step is None:
+            self._step = bank.step - 1
+        return bank.step % bank.config.log_every_steps == 0 or is_checkpoint_due(bank) or bank.stopping
+
+    def run(self, bank: Bank) -> None:
+        """Write and show a line for each run that trains."""
+        assert self._step is not None
+        now = time.monotonic()
+        steps, seconds = bank.step - self._step, now - self._time
+        if steps == 0:
+            return
+        for run in bank.active_runs:
+            run.seconds += seconds
+            self._log(bank, run, run.meter.read(bank.group), steps, steps * bank.spec.batch_rows / seconds)
+        self._time, self._step = time.monotonic(), bank.step
+
+    def _log(self, bank: Bank, run: Run, reading: Reading, steps: int, rows_per_second: float) -> None:
+        run.firing.synchronise(bank.group)
+        dead_rows = resample.dead_after(bank.config.resampling, bank.spec.total_rows, 0)
+        dead_fraction = run.firing.dead_fraction(dead_rows)
+        if reading.non_finite_step is not None:
+            self._stop(
+                bank,
+                run,
+                f"the gradient of step {reading.non_finite_step} was not finite; the weights did not move by it",
+                dead_fraction,
+                dead_rows,
+            )
+            return
+        previous = bank.step - 1
+        fvu = reading.reconstruction / bank.variance
+        lambda_ = bank.lambda_(run, previous)
+        loss = reading.reconstruction + lambda_ * reading.sparsity + reading.auxiliary
+        values = {"loss": loss, "reconstruction": reading.reconstruction, "sparsity": reading.sparsity, "auxiliary": reading.auxiliary}
+        values |= {
+            "l0": reading.l0,
+            "fvu": fvu,
+            "dead_fraction": dead_fraction,
+            "dead_rows": dead_rows,
+            "gradient_norm": reading.gradient_norm,
+        }
+        values |= {
+            "learning_rate": bank.learning_rate(run, previous),
+            "lambda": lambda_,
+            "rows_per_second": rows_per_second,
+            "seconds": run.seconds,
+        }
+        write_metrics(bank, run, "step", values)
+        self._show(bank, run, reading, fvu, dead_fraction, rows_per_second)
+        self._check_health(bank, run, reading.l0, fvu, steps, dead_fraction, dead_rows)
+        if run.is_active and bank.step == bank.spec.total_steps:
+            run.finished = True
+            write_metrics(bank, run, "finished", {"dead_fraction": dead_fraction, "dead_rows": dead_rows, "seconds": run.seconds})
+
+    def _show(self, bank: Bank, run: Run, reading: Reading, fvu: float, dead_fraction: float, rows_per_second: float) -> None:
+        left = bank.spec.total_rows - bank.rows
+        self._view.update(
+            run.spec.name,
+            rows=bank.rows,
+            rows_per_second=rows_per_second,
+            reconstruction=reading.reconstruction,
+            sparsity=reading.sparsity,
+            auxiliary=reading.auxiliary,
+            l0=reading.l0,
+            fvu=fvu,
+            dead_fraction=dead_fraction,
+            eta_seconds=left / rows_per_second,
+            state="running" if left else "finished",
+        )
+
+    def _check_health(self, bank: Bank, run: Run, l0: float, fvu: float, steps: int, dead_fraction: float, dead_rows: int) -> None:
+        if bank.step - steps < warmup_steps(bank.spec.total_steps, bank.config.schedule):
+            return  # an SAE begins with too many features on, and FVU over 1
+        run.low_l0_steps = run.low_l0_steps + steps if l0 < 1 else 0
+        run.high_fvu_steps = run.high_fvu_steps + steps if fvu > 1 else 0
+        limit = UNHEALTHY_FRACTION * bank.spec.total_steps
+        if run.low_l0_steps >= limit:
+            self._stop(bank, run, f"L0 was under 1 for {run.low_l0_steps} steps; lower its lambda", dead_fraction, dead_rows)
+        elif run.high_fvu_steps >= limit:
+            self._stop(
+                bank, run, f"FVU was over 1 for {run.high_fvu_steps} steps; lower its lambda or its learning rate", dead_fraction, dead_rows
+            )
+
+    def _stop(self, bank: Bank, run: Run, reason: str, dead_fraction: float, dead_rows: int) -> None:
+        run.stopped = reason
+        write_metrics(bank, run, "stopped", {"reason": reason, "dead_fraction": dead_fraction, "dead_rows": dead_rows})
+        save_run(bank, run)
+        self._view.say(f"{run.spec.name} stopped at step {bank.step}: {reason}")
+
+
+class Resample:
+    """New directions for dead features at the events, and one firing interval later how many of them are alive."""
+
+    def __init__(self, bank: Bank, view: TrainingView) -> None:
+        self._view = view
+        self._events = event_steps(bank.config.resampling.event_fractions, bank.spec.total_steps)
+        before_last = (0, *self._events)[-2] if self._events else 0
+        last_outcome = min(bank.spec.total_steps, 2 * self._events[-1] - before_last) if self._events else 0
+        self._outcomes = {*self._events[1:], last_outcome}
+
+    def is_due(self, bank: Bank) -> bool:
+        """At the events, and at the end of the last one's firing interval."""
+        return bank.step in self._events or bank.step in self._outcomes
+
+    def run(self, bank: Bank) -> None:
+        """Each run that asks for resampling, one after another."""
+        for run in bank.active_runs:
+            if run.spec.resampling:
+                run.firing.synchronise(bank.group)
+                if bank.step in self._outcomes:
+                    self._report_outcome(bank, run)
+                if bank.step in self._events:
+                    self._hold_event(bank, run, self._events.index(bank.step))
+
+    def _report_outcome(self, bank: Bank, run: Run) -> None:
+        if run.event_step is None or len(run.resampled) == 0:
+            return
+        alive = int((run.firing.fired[run.resampled] > 0).sum())
+        values = {"event_step": run.event_step, "resampled": len(run.resampled), "alive": alive, "interval_rows": run.firing.interval_rows}
+        write_metrics(bank, run, "resampling_outcome", values)
+        self._view.say(f"{run.spec.name}: {alive} of {len(run.resampled)} features resampled at step {run.event_step} have fired since")
+        run.resampled = run.resampled[:0]
+
+    def _hold_event(self, bank: Bank, run: Run, event: int) -> None:
+        config = bank.config.resampling
+        found = resample.plan(run.firing, config, bank.spec.total_rows, event)
+        done = resample.apply(
+            found,
+            run.sae,
+            run.optimizer,
+            fresh_rows(bank, run, found.candidate_rows),
+            config=config,
+            seed=run.spec.seed,
+            run_name=run.spec.name,
+            group=bank.group,
+        )
+        if done.resampled:
+            run.event_step, run.resampled = bank.step, done.features
+        if done.refused is None:
+            run.firing.start_interval()
+        values = {"dead": done.dead, "resampled": done.resampled, "dead_rows": done.dead_rows, "candidate_rows": done.candidate_rows}
+        write_metrics(bank, run, "resampling", {**values, "refused": done.refused})
+        outcome = f"refused: {done.refused}" if done.refused else f"{done.resampled} resampled from {done.candidate_rows} rows"
+        self._view.say(
+            f"{run.spec.name}, resampling at step {bank.step}: {done.dead} of {run.spec.num_features} dead "
+            f"(not on in {done.dead_rows} rows), {outcome}"
+        )
+
+
+class SaveCheckpoints:
+    """A checkpoint of every run that trains, or has just ended."""
+
+    def is_due(self, bank: Bank) -> bool:
+        """Every `train.checkpoint_every_fraction` of the run, and at its end."""
+        return is_checkpoint_due(bank)
+
+    def run(self, bank: Bank) -> None:
+        """Write them."""
+        for run in bank.runs:
+            if run.stopped is None:
+                save_run(bank, run)
+
+
+class StopOnSignal:
+    """SIGTERM or SIGUSR1 on any rank: all ranks agree, checkpoint, and the first writes `stopped.json`.
+
+    The ranks ask each other about once a second. How many steps that is, they agree on too.
+    """
+
+    def __init__(self, log: Log, output: Path) -> None:
+        self._log = log
+        self._output = output
+        self._received: str | None = None
+        self._every_steps = 1
+        self._time = time.monotonic()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = signal.Signals(number).name
+
+    def is_due(self, bank: Bank) -> bool:
+        """Every `_every_steps`."""
+        return bank.step % self._every_steps == 0
+
+    def run(self, bank: Bank) -> None:
+        """Stop if any rank was told to; adjust how often to ask."""
+        now = time.monotonic()
+        steps_a_second = int(self._every_steps / max(now - self._time, 1e-6))
+        self._time = now
+        asked, steps = bank.group.reduce(torch.tensor([int(self._received is not None), max(1, steps_a_second)]), "max").tolist()
+        self._every_steps = min(steps, 10 * self._every_steps)
+        if asked and bank.step < bank.spec.total_steps:
+            bank.stopping = True
+            self._log.run(bank)
+            for run in bank.active_runs:
+                save_run(bank, run)
+            if bank.group.is_first:
+                write_json_atomically(self._output / "stopped.json", {"signal": self._received, "site": bank.spec.site, "step": bank.step})

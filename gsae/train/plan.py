@@ -1,0 +1,147 @@
+"""Which runs a config asks for. In: the config and what a store holds. Out: one bank of run specifications a site."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gsae.config import Config, ObjectiveName, SweepConfig
+from gsae.errors import ConfigError
+from gsae.llm.site import resolve_site
+from gsae.store.manifest import Manifest, fingerprint
+
+RUN_FORMAT = 1
+FREE_SETTINGS = (
+    *("sweeps", "sites", "learning_rate", "learning_rates"),  # what they mean for a run stands in its RunSpec
+    *("groups", "log_every_steps", "checkpoint_every_fraction", "keep_checkpoints", "verify_shards"),  # they do not change the weights
+)
+"""Fields of TrainConfig that a resumed run need not share."""
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One SAE's training: all that sets it apart from the other runs of its bank."""
+
+    name: str
+    site: str
+    layer: int
+    objective: ObjectiveName
+    resampling: bool
+    d_model: int
+    num_features: int
+    lambda_: float
+    """Sparsity coefficient, on scaled activations."""
+    seed: int
+    learning_rate: float
+    scale: float
+    """Rows are multiplied by it before they reach the SAE."""
+
+
+@dataclass(frozen=True)
+class BankSpec:
+    """The runs of one site, trained together from one stream."""
+
+    site: str
+    runs: tuple[RunSpec, ...]
+    batch_rows: int
+    total_steps: int
+
+    @property
+    def total_rows(self) -> int:
+        """Rows of each run, over all ranks of the group."""
+        return self.total_steps * self.batch_rows
+
+
+@dataclass(frozen=True)
+class StoreOutline:
+    """What decides the runs, of a store that is there or that is planned."""
+
+    num_layers: int
+    """Of the LLM."""
+    d_model: int
+    layers: dict[str, int]
+    """The layer of each site, by name."""
+    scales: dict[str, float]
+    """The scale of each site."""
+
+
+def outline(manifest: Manifest) -> StoreOutline:
+    """The outline of a whole store."""
+    sites = manifest.sites.values()
+    layers, scales = {site.name: site.layer for site in sites}, {site.name: site.scale for site in sites}
+    return StoreOutline(int(manifest.identity["num_layers"]), manifest.d_model, layers, scales)
+
+
+def plan_banks(config: Config, store: StoreOutline) -> list[BankSpec]:
+    """The banks in the order in which groups take them: the sites in layer order.
+
+    Raises:
+        ConfigError: a site is not in the store, a sweep names no site of it, or two runs would share a name.
+    """
+    wanted = {_site_name(spec, store) for spec in config.train.sites} or set(store.layers)
+    rates = {_site_name(key, store): rate for key, rate in config.train.learning_rates.items()}
+    total_steps = -(-config.train.total_rows // config.train.batch_rows)
+    banks = []
+    for site in sorted(wanted, key=lambda name: store.layers[name]):
+        rate = rates.get(site, config.train.learning_rate)
+        runs = [run for sweep in config.train.sweeps for run in _runs_of_sweep(config, sweep, site, store, rate)]
+        _require_unique(runs)
+        if runs:
+            banks.append(BankSpec(site, tuple(runs), config.train.batch_rows, total_steps))
+    if not banks:
+        raise ConfigError(
+            "train.sweeps asks for no run at any site of the store; give each sweep lambdas for a site, e.g. lambdas: {'*': [0.1]}"
+        )
+    return banks
+
+
+def _site_name(spec: int | str, store: StoreOutline) -> str:
+    site = resolve_site(spec, store.num_layers)
+    if site.name not in store.layers:
+        raise ConfigError(
+            f"site {spec} ({site.name}) is not in the store, which has {', '.join(store.layers)}; harvest it, or leave it out"
+        )
+    return site.name
+
+
+def _runs_of_sweep(config: Config, sweep: SweepConfig, site: str, store: StoreOutline, learning_rate: float) -> Iterator[RunSpec]:
+    own = {_site_name(key, store): values for key, values in sweep.lambdas.items() if str(key) != "*"}
+    kind = f"{sweep.objective}-resampled" if sweep.resampling else sweep.objective
+    for expansion in sweep.expansions:
+        num_features = round(expansion * store.d_model)
+        for lambda_ in own.get(site, sweep.lambdas.get("*", [])):
+            for seed in sweep.seeds:
+                yield RunSpec(
+                    name=f"{kind}-m{num_features}-l{lambda_:g}-s{seed}",
+                    site=site,
+                    layer=store.layers[site],
+                    objective=sweep.objective,
+                    resampling=sweep.resampling,
+                    d_model=store.d_model,
+                    num_features=num_features,
+                    lambda_=lambda_,
+                    seed=seed,
+                    learning_rate=learning_rate,
+                    scale=store.scales[site] if config.train.scale_activations else 1.0,
+                )
+
+
+def _require_unique(runs: list[RunSpec]) -> None:
+    seen: set[str] = set()
+    for run in runs:
+        if run.name in seen:
+            raise ConfigError(f"train.sweeps asks twice for run {run.name} at {run.site}; remove one")
+        seen.add(run.name)
+
+
+def describe_run(spec: RunSpec, bank: BankSpec, config: Config, manifest: Manifest) -> dict[str, Any]:
+    """The content of `run.json`: what is trained, and by which settings a resumed run must have been made."""
+    train = asdict(config.train)
+    settings = {key: value for key, value in train.items() if key not in FREE_SETTINGS}
+    if not spec.resampling:
+        del settings["resampling"]
+    own = {("lambda" if key == "lambda_" else key): value for key, value in asdict(spec).items()}
+    length = {"total_steps": bank.total_steps, "batch_rows": bank.batch_rows}
+    described = {"format": RUN_FORMAT, **own, **length, "store_fingerprint": manifest.fingerprint, "settings": settings}
+    plain: dict[str, Any] = json.loads(json.dumps(described))  # as it will be read back: lists for tuples
+    return {**plain, "train_fingerprint": fingerprint(plain)}

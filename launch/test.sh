@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Sets everything up, then lint, format, types and all tests that this machine can run; a skipped test says why.
+#   bash launch/test.sh [pytest options]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash launch/setup.sh
+.venv/bin/python launch/prepare_demo.py runs/assets
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+.venv/bin/python -m pytest --cov --cov-report=term:skip-covered --durations=10 "$@"

@@ -1,0 +1,200 @@
+"""A batch against an independent slow evaluation: whole forwards one context at a time, python loops over tokens."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from gsae.config import LLMConfig, RandomLlamaConfig
+from gsae.corpus.contexts import Context, Packer
+from gsae.corpus.documents import Piece
+from gsae.errors import GsaeError
+from gsae.evaluate.batch import BatchResult, SplicedRun, SplicedSite, cut_batches, evaluate_batch
+from gsae.evaluate.reconstruction import reconstruction_metrics
+from gsae.evaluate.splice import splice_metrics
+from gsae.llm.load import LLM, load
+from gsae.llm.site import Site, Tail, capture, substitute
+from gsae.sae.objective import SAE, build
+
+D_MODEL, NUM_FEATURES, SCALE = 16, 48, 0.4
+SITES = [Site(f"resid.{layer}", layer, f"model.layers.{layer}") for layer in (0, 2)]
+TEXTS = {3: "the gate is open, the magnitude small", 7: "rows of a lane", 8: "a window holds many rows, and is shuffled as a whole"}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """An LLM, contexts, and two sites with two SAEs each."""
+
+    llm: LLM
+    contexts: list[Context]
+    sites: list[SplicedSite]
+
+
+def make_bench(dtype: str) -> Bench:
+    torch_dtype = getattr(torch, dtype)
+    llm = load(
+        LLMConfig(model="random", dtype=dtype, random=RandomLlamaConfig(num_layers=4, d_model=D_MODEL, num_heads=2)), torch.device("cpu")
+    )
+    packer = Packer(llm.tokenizer, 24)
+    contexts = [context for number, text in TEXTS.items() for context in packer.push(Piece(number, 0, text))] + packer.finish()
+    contexts[1].tokens[5] = llm.tokenizer.eos_token_id
+    assert any((context.documents == -1).any() for context in contexts)
+    tokens, positions = (torch.stack([torch.from_numpy(getattr(c, name)).long() for c in contexts]) for name in ("tokens", "positions"))
+    x = capture(llm.model, SITES, tokens, positions)
+    sites = []
+    for site in SITES:
+        norms = x[site.name].norm(dim=-1).flatten().sort().values
+        mean = x[site.name].double().mean((0, 1)) + 0.1
+        runs = tuple(
+            SplicedRun(f"{site.name}/{name}", make_sae(name, number, torch_dtype), SCALE) for number, name in enumerate(("relu", "gated"))
+        )
+        sites.append(SplicedSite(site, Tail(llm.model, site), mean, float(norms[-8:-6].mean()), torch.float32, runs))
+    return Bench(llm, contexts, sites)
+
+
+def make_sae(objective: str, dtype: torch.dtype) -> SAE:
+    """Random directions and biases; a third of the features is on."""
+    sae = build(objective, D_MODEL, NUM_FEATURES, 0, dtype).requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    for name, value in sae.named_parameters():
+        if value.ndim == 1:
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            value.copy_(0.3 * noise - (0.3 if name in ("b_enc", "b_gate") else 0))
+    return sae
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return make_bench("float64")
+
+
+def slow_metrics(bench: Bench, site: SplicedSite, run: SplicedRun) -> dict[str, float]:
+    """All metrics of one run, from whole forwards and loops."""
+    special = {bench.llm.tokenizer.bos_token_id, bench.llm.tokenizer.eos_token_id, bench.llm.tokenizer.pad_token_id}
+    kept_x, kept_x_hat, dropped_x, dropped_x_hat, l0 = [], [], [], [], []
+    losses = dict.fromkeys(("clean", "spliced", "zero", "mean", "zero_all_rows", "mean_all_rows", "kl"), 0.0)
+    num_targets = 0
+    for context in bench.contexts:
+        tokens, positions = (torch.from_numpy(array).long()[None] for array in (context.tokens, context.positions))
+        x = capture(bench.llm.model, [site.site], tokens, positions)[site.site.name][0]
+        replaced = {name: x.clone() for name in ("spliced", "zero", "mean")}
+        for t in range(len(x)):
+            if context.documents[t] < 0:
+                continue
+            f = run.sae.encode(SCALE * x[t : t + 1])
+            x_hat = run.sae.decode(f)[0] / SCALE
+            norm = math.sqrt(sum(value * value for value in x[t].tolist()))
+            if context.positions[t] > 0 and int(context.tokens[t]) not in special and norm <= site.max_norm:
+                kept_x.append(x[t].double())
+                kept_x_hat.append(x_hat.double())
+                l0.append(sum(value > 0 for value in f[0].tolist()))
+                replaced["spliced"][t], replaced["zero"][t], replaced["mean"][t] = x_hat, 0, site.mean
+            else:
+                dropped_x.append(x[t].double())
+                dropped_x_hat.append(x_hat.double())
+        replaced |= {"clean": x, "zero_all_rows": torch.zeros_like(x), "mean_all_rows": site.mean.to(x).expand_as(x)}
+        log_p = {}
+        for name, value in replaced.items():
+            logits = substitute(bench.llm.model, site.site, tokens, positions, lambda x, value=value: value[None])
+            log_p[name] = logits[0].double().log_softmax(-1)
+        for t in range(len(x) - 1):
+            if context.documents[t + 1] >= 0 and context.positions[t + 1] > 0:
+                num_targets += 1
+                for name, value in log_p.items():
+                    losses[name] -= value[t, int(context.tokens[t + 1])].item()
+                p = log_p["clean"][t].exp()
+                losses["kl"] += (p * (log_p["clean"][t] - log_p["spliced"][t])).sum().item()
+    assert len(dropped_x) > len({segment for context in bench.contexts for segment in context.documents if segment >= 0})
+    assert num_targets > 50
+    ce = {name: total / num_targets for name, total in losses.items()}
+    x, x_hat = torch.stack(kept_x), torch.stack(kept_x_hat)
+    error = sum((a - b).square().sum().item() for a, b in zip(x, x_hat, strict=True))
+    error_dropped = sum((a - b).square().sum().item() for a, b in zip(dropped_x, dropped_x_hat, strict=True))
+    return {
+        "l0": sum(l0) / len(l0),
+        "fvu": error / sum((row - x.mean(0)).square().sum().item() for row in x),
+        "fvu_dropped": error_dropped / sum((row - site.mean).square().sum().item() for row in dropped_x),
+        "mse": error / len(x),
+        "mse_scaled": error / len(x) * SCALE**2,
+        "cosine": sum(torch.cosine_similarity(a, b, dim=0).item() for a, b in zip(x, x_hat, strict=True)) / len(x),
+        "gamma": x_hat.square().sum().item() / (x * x_hat).sum().item(),
+        **{f"ce_{name}": value for name, value in ce.items() if name != "kl"},
+        "kl": ce["kl"],
+        "delta_ce": ce["spliced"] - ce["clean"],
+        "loss_recovered": 1 - (ce["spliced"] - ce["clean"]) / (ce["zero"] - ce["clean"]),
+        "loss_recovered_mean": 1 - (ce["spliced"] - ce["clean"]) / (ce["mean"] - ce["clean"]),
+        "loss_recovered_all_rows": 1 - (ce["spliced"] - ce["clean"]) / (ce["zero_all_rows"] - ce["clean"]),
+        "loss_recovered_mean_all_rows": 1 - (ce["spliced"] - ce["clean"]) / (ce["mean_all_rows"] - ce["clean"]),
+    }
+
+
+def run_batches(bench: Bench, batch_contexts: int) -> list[BatchResult]:
+    return [evaluate_batch(bench.llm, bench.sites, batch, check=True) for batch in cut_batches(bench.contexts, batch_contexts)]
+
+
+def metrics(results: list[BatchResult], site: SplicedSite, run: SplicedRun) -> dict[str, float]:
+    site_sums = results[0].sums.sites[site.site.name].zeros(len(TEXTS))
+    run_sums = results[0].sums.runs[run.name].zeros(len(TEXTS))
+    for result in results:
+        site_sums.add(result.sums.documents, result.sums.sites[site.site.name])
+        run_sums.add(result.sums.documents, result.sums.runs[run.name])
+    totals = site_sums.total(), run_sums.total()
+    found = {**vars(reconstruction_metrics(*totals, run.scale)), **vars(splice_metrics(*totals))}
+    return {name: value.item() for name, value in found.items()}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+def test_every_metric_agrees_with_a_slow_evaluation(dtype, tolerance):
+    bench = make_bench(dtype)
+    results = run_batches(bench, 2)
+    for site in bench.sites:
+        for run in site.runs:
+            assert metrics(results, site, run) == pytest.approx(slow_metrics(bench, site, run), rel=tolerance, abs=tolerance)
+
+
+def test_another_batch_size_gives_the_same_numbers(bench):
+    one, all_at_once = run_batches(bench, 1), run_batches(bench, 100)
+    for site in bench.sites:
+        for run in site.runs:
+            assert metrics(one, site, run) == pytest.approx(metrics(all_at_once, site, run), rel=1e-9, abs=1e-9)
+            assert sum(r.firing[run.name].features for r in one).equal(all_at_once[0].firing[run.name].features)
+            assert sum(r.firing[run.name].l0_histogram for r in one).equal(all_at_once[0].firing[run.name].l0_histogram)
+
+
+def test_firing_counts_and_histogram_agree_with_l0(bench):
+    (result,) = run_batches(bench, 100)
+    for name, sums in result.sums.runs.items():
+        counts = result.firing[name]
+        total = int(sums.total().l0)
+        assert total == counts.features.sum() == (counts.l0_histogram * torch.arange(NUM_FEATURES + 1)).sum() > 0
+        assert counts.l0_histogram.sum() == result.sums.sites[name.partition("/")[0]].total().kept_rows
+
+
+def test_sums_stand_at_their_document(bench):
+    (result,) = run_batches(bench, 100)
+    kept = result.sums.sites["resid.0"].kept_rows + result.sums.sites["resid.0"].dropped_rows
+    every = [document for context in bench.contexts for document in context.documents.tolist()]
+    assert result.sums.documents.tolist() == [0, 1, 2]
+    assert kept.tolist() == [every.count(number) for number in TEXTS]
+
+
+def test_the_identity_recovers_all_and_zero_nothing(bench):
+    result = run_batches(bench, 2)[0]
+    for checks in result.checks.values():
+        assert (checks.identity_loss_recovered, checks.zero_loss_recovered) == (1.0, 0.0)
+    assert list(result.checks) == ["resid.0", "resid.2"]
+
+
+def test_a_tail_that_is_not_the_llms_is_found(bench, monkeypatch):
+    right = Tail.logits
+    monkeypatch.setattr(
+        Tail, "logits", lambda tail, hidden, positions: right(tail, hidden * (1 + 1e-6 * len(tail._upper.layers)), positions)
+    )
+    with pytest.raises(GsaeError, match="resid.0: splicing in the activations themselves"):
+        run_batches(bench, 2)
+
+
+def test_no_hook_is_left_behind(bench):
+    run_batches(bench, 2)
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in bench.llm.model.modules())

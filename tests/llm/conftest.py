@@ -1,0 +1,43 @@
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gsae.config import LLMConfig, RandomLlamaConfig
+from gsae.llm.load import load
+from gsae.llm.random import byte_tokenizer
+
+NUM_LAYERS = 4
+
+
+@pytest.fixture
+def config() -> LLMConfig:
+    return LLMConfig(model="random", dtype="float32", random=RandomLlamaConfig(num_layers=NUM_LAYERS, d_model=32, num_heads=4))
+
+
+@pytest.fixture
+def model(config) -> LlamaForCausalLM:
+    """A fresh Llama of four layers: a test may break it."""
+    return load(config, torch.device("cpu")).model
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A saved Llama as small ones are: grouped key-value heads, tied embeddings, two weight files; and its tokenizer."""
+    shape = LlamaConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        llama = LlamaForCausalLM(shape)
+    path = tmp_path / "little-llama"
+    llama.save_pretrained(path, max_shard_size="100KB")
+    byte_tokenizer().save_pretrained(path)
+    assert len(list(path.glob("model-*.safetensors"))) == 2
+    return path

@@ -1,0 +1,108 @@
+import hashlib
+import json
+
+import pytest
+import safetensors.torch
+import torch
+import webdataset
+
+from gsae.errors import StoreError
+from gsae.store.shards import DTYPES, ContextRows, map_tar, read_tar, tar_path, write_tar
+
+NAMES = ("x", "token", "position", "document")
+
+
+def random_context(num_rows, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    integers = [torch.randint(0, 1000, (num_rows,), generator=generator) for _ in range(3)]
+    return ContextRows(torch.randn(num_rows, 6, generator=generator).to(DTYPES[dtype]), *integers)
+
+
+@pytest.fixture(params=list(DTYPES))
+def written(request, tmp_path):
+    contexts = [random_context(num_rows, request.param, seed) for seed, num_rows in enumerate((5, 0, 1, 200))]
+    path = tar_path(tmp_path, "resid.15", 3, 12)
+    return path, contexts, write_tar(path, 3, 12, contexts), DTYPES[request.param]
+
+
+def test_a_plain_webdataset_client_reads_a_shard(written):
+    path, contexts, _, dtype = written
+    samples = list(webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False))
+    assert [sample["__key__"] for sample in samples] == [f"0003-000012-0000{context}" for context in range(4)]
+    for index, (sample, context) in enumerate(zip(samples, contexts, strict=True)):
+        tensors = safetensors.torch.load(sample["rows.safetensors"])
+        assert sorted(tensors) == sorted(NAMES)
+        assert all(torch.equal(tensors[name], getattr(context, name)) for name in NAMES)
+        assert tensors["x"].dtype == dtype
+        assert json.loads(sample["json"]) == {"context": index, "lane": 3, "rows": len(context.x), "shard": 12}
+
+
+def test_the_offsets_of_the_record_point_at_the_rows(written):
+    path, contexts, record, dtype = written
+    content = path.read_bytes()
+    for context, offset in zip(contexts, record.offsets, strict=True):
+        assert content[offset : offset + context.x.nbytes] == context.x.view(torch.uint8).numpy().tobytes()
+    assert all(torch.equal(view, context.x) for view, context in zip(map_tar(path, record, dtype, 6, verify=True), contexts, strict=True))
+
+
+def test_the_record_describes_the_file(written):
+    path, _, record, _ = written
+    assert path.name == "0003-000012.tar"
+    assert (record.bytes, record.sha256) == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    assert (record.context_rows, record.rows) == ((5, 0, 1, 200), 206)
+
+
+def test_a_shard_is_unpacked_as_it_was_written(written):
+    path, contexts, _, _ = written
+    members = list(read_tar(path))
+    assert [member.key for member in members] == [f"0003-000012-0000{context}" for context in range(4)]
+    for member, context in zip(members, contexts, strict=True):
+        assert all(torch.equal(getattr(member.rows, name), getattr(context, name)) for name in NAMES)
+
+
+def test_equal_rows_make_equal_bytes(written, tmp_path):
+    path, contexts, record, _ = written
+    other = tmp_path / "elsewhere" / "other.tar"
+    copies = [ContextRows(*(getattr(context, name).clone() for name in NAMES)) for context in contexts]
+    assert write_tar(other, 3, 12, copies) == record
+    assert other.read_bytes() == path.read_bytes()
+
+
+def test_a_flipped_byte_anywhere_is_found(written):
+    path, _, record, dtype = written
+    content = path.read_bytes()
+    for position in (0, record.offsets[0], record.offsets[3] + 7, len(content) - 1):
+        spoiled = bytearray(content)
+        spoiled[position] ^= 16
+        path.write_bytes(spoiled)
+        with pytest.raises(StoreError, match=r"resid\.15/0003-000012\.tar: its SHA-256 differs"):
+            map_tar(path, record, dtype, 6, verify=True)
+
+
+def test_a_missing_or_short_shard_is_named(written):
+    path, _, record, dtype = written
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(
+        StoreError, match=rf"resid\.15/0003-000012\.tar has {record.bytes - 1} bytes, .* {record.bytes}; run gsae harvest again"
+    ):
+        map_tar(path, record, dtype, 6)
+    path.unlink()
+    with pytest.raises(StoreError, match=r"resid\.15/0003-000012\.tar is missing in .*; run gsae harvest again"):
+        map_tar(path, record, dtype, 6)
+
+
+def test_writing_to_a_view_does_not_change_the_shard(written):
+    path, contexts, record, dtype = written
+    map_tar(path, record, dtype, 6)[0].zero_()
+    assert torch.equal(map_tar(path, record, dtype, 6, verify=True)[0], contexts[0].x)
+
+
+def test_a_shard_without_contexts_is_a_tar(tmp_path):
+    path = tmp_path / "resid.2" / "0000-000000.tar"
+    record = write_tar(path, 0, 0, [])
+    assert (record.rows, list(read_tar(path)), map_tar(path, record, torch.bfloat16, 6, verify=True)) == (0, [], [])
+
+
+def test_a_context_with_a_token_too_few_is_refused():
+    with pytest.raises(ValueError, match=r"\[2, 1, 2, 2\] rows"):
+        ContextRows(torch.zeros(2, 3), torch.zeros(1), torch.zeros(2), torch.zeros(2))

@@ -1,0 +1,96 @@
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gsae.store.statistics import NORM_MULTIPLES, SiteStatistics, Tally, merge, no_rows, site_statistics
+
+MEDIAN_NORM = 2.0
+
+
+def random_rows(num_rows, seed, dtype=torch.float32):
+    """Rows of norms from about 1 to 60, and the mask that keeps those within 3 x the median norm."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_rows, 3, generator=generator) * torch.exp(3 * torch.rand(num_rows, 1, generator=generator))
+    x = x.to(dtype)
+    return x, x.float().norm(dim=1) <= 3 * MEDIAN_NORM
+
+
+def reference_tally(rows):
+    return Tally(len(rows), math.fsum(sum(value * value for value in row) for row in rows))
+
+
+def assert_tally(tally, rows):
+    assert tally.rows == len(rows)
+    assert tally.squared_norm == pytest.approx(reference_tally(rows).squared_norm, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_equal_a_slow_reference(dtype):
+    x, kept = random_rows(500, 0, dtype)
+    statistics = site_statistics(x, kept, MEDIAN_NORM, {"position_0": 4, "special": 1})
+    rows = x.double().tolist()
+    kept_rows = [row for row, is_kept in zip(rows, kept.tolist(), strict=True) if is_kept]
+    assert 100 < len(kept_rows) < 400
+    assert_tally(statistics.kept, kept_rows)
+    assert_tally(statistics.candidates, rows)
+    for multiple in NORM_MULTIPLES:
+        assert_tally(statistics.kept_above[multiple], [row for row in kept_rows if math.hypot(*row) > multiple * MEDIAN_NORM])
+        assert_tally(statistics.candidates_above[multiple], [row for row in rows if math.hypot(*row) > multiple * MEDIAN_NORM])
+    assert statistics.dropped == {"position_0": 4, "special": 1, "outlier": 500 - len(kept_rows), "non_finite": 0}
+    mean = [math.fsum(column) / len(kept_rows) for column in zip(*kept_rows, strict=True)]
+    assert statistics.mean.tolist() == pytest.approx(mean, rel=1e-12)
+    deviations = [math.dist(row, mean) ** 2 for row in kept_rows]
+    assert statistics.variance == pytest.approx(math.fsum(deviations) / len(kept_rows), rel=1e-12)
+
+
+def test_mean_and_variance_by_hand():
+    # (3, 0) and (5, 4): mean (4, 2), E|x|^2 = (9 + 41) / 2 = 25, variance 25 - 20 = 5 = E(1 + 4).
+    statistics = site_statistics(torch.tensor([[3.0, 0.0], [5.0, 4.0]]), torch.tensor([True, True]), 1.0, {})
+    assert statistics.mean.tolist() == [4, 2]
+    assert (statistics.mean_square, statistics.variance) == (25, 5)
+
+
+def test_a_row_at_the_bound_is_not_above_it():
+    statistics = site_statistics(torch.tensor([[3.0, 4.0]]), torch.tensor([True]), 2.5, {})  # norm 5 = 2 x 2.5
+    assert statistics.kept_above[2] == Tally(0, 0.0)
+
+
+def test_rows_that_are_not_finite_are_counted_apart_and_poison_no_sum():
+    x = torch.tensor([[1.0, 0.0], [math.nan, 0.0], [0.0, math.inf], [9.0, 0.0]])
+    statistics = site_statistics(x, torch.tensor([True, False, False, False]), 1.0, {})
+    assert statistics.dropped == {"outlier": 1, "non_finite": 2}
+    assert (statistics.candidates, statistics.kept) == (Tally(2, 82.0), Tally(1, 1.0))
+    with pytest.raises(ValueError, match="NaN or infinite is marked as kept"):
+        site_statistics(x, torch.tensor([True, True, False, False]), 1.0, {})
+
+
+@given(cuts=st.lists(st.integers(0, 60), max_size=4))
+def test_merged_parts_equal_the_whole(cuts):
+    x, kept = random_rows(60, 1)
+    edges = [0, *sorted(cuts), 60]
+    parts = [site_statistics(x[a:b], kept[a:b], MEDIAN_NORM, {"special": b - a}) for a, b in pairwise(edges)]
+    merged, whole = merge([no_rows(3), *parts]), site_statistics(x, kept, MEDIAN_NORM, {"special": 60})
+    assert merged.dropped == whole.dropped
+    assert torch.allclose(merged.sum, whole.sum, rtol=1e-12)
+    pairs = [(merged.kept, whole.kept), (merged.candidates, whole.candidates)]
+    for multiple in NORM_MULTIPLES:
+        pairs.append((merged.kept_above[multiple], whole.kept_above[multiple]))
+        pairs.append((merged.candidates_above[multiple], whole.candidates_above[multiple]))
+    for part, total in pairs:
+        assert part.rows == total.rows
+        assert part.squared_norm == pytest.approx(total.squared_norm, rel=1e-12)
+
+
+def test_statistics_survive_json_bit_for_bit():
+    statistics = site_statistics(*random_rows(50, 2), MEDIAN_NORM, {"special": 3})
+    text = json.dumps(statistics.to_json())
+    again = SiteStatistics.from_json(json.loads(text))
+    assert torch.equal(again.sum, statistics.sum)
+    assert json.dumps(again.to_json()) == text
+    assert again.kept == statistics.kept
+    assert again.candidates_above == statistics.candidates_above

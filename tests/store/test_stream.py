@@ -1,0 +1,185 @@
+import tempfile
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gsae.errors import ConfigError, StoreError
+from gsae.store.progress import read_records
+from gsae.store.shards import tar_path
+from gsae.store.stream import Stream, provenance
+
+SITE = "resid.0"
+LANES = [[[3, 0, 4], [5]], [[1], [2, 2], [1]], [[6, 6], []], [[0, 1]]]  # rows: 12, 6, 12, 1
+NUM_ROWS = [12, 6, 12, 1]
+
+lane_rows = st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=3).filter(lambda lane: sum(map(sum, lane)) > 0)
+layouts = st.lists(lane_rows, min_size=4, max_size=4)
+
+
+def rows_of_lanes(store, lanes, num_batches, batch_rows=8, window_rows=20, seed=0, site=SITE):
+    """The ordinals that a stream hands out, lane by lane, after checking that every x is the row it is said to be."""
+    handed_out = {lane: [] for lane in lanes}
+    with Stream(store, site, lanes, batch_rows, window_rows, seed, verify_shards=True) as stream:
+        for batch in islice(stream, num_batches):
+            assert torch.equal(batch.x[:, 0].long(), batch.lane)
+            assert torch.equal(batch.x[:, 1].long(), batch.row)
+            for lane, row in zip(batch.lane.tolist(), batch.row.tolist(), strict=True):
+                handed_out[lane].append(row)
+    return handed_out
+
+
+def batches(store, lanes, num_batches, seek=None, window_rows=20, seed=0):
+    with Stream(store, SITE, lanes, 8, window_rows, seed, verify_shards=False) as stream:
+        if seek is not None:
+            stream.seek(seek)
+        return list(islice(stream, num_batches))
+
+
+@pytest.fixture(scope="module")
+def store(stores, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("store")
+    stores.build(directory, LANES)
+    return directory
+
+
+@settings(max_examples=15, deadline=None)
+@given(layout=layouts, window_rows=st.integers(4, 60), batch_rows=st.sampled_from([4, 8, 12]))
+def test_one_epoch_of_a_lane_yields_each_of_its_rows_exactly_once(stores, layout, window_rows, batch_rows):
+    with tempfile.TemporaryDirectory() as directory:
+        store = Path(directory)
+        stores.build(store, layout)
+        num_rows = [sum(map(sum, lane)) for lane in layout]
+        num_batches = -(-2 * max(num_rows) // (batch_rows // 4))  # two epochs of the longest lane
+        for num_ranks in (1, 2, 4):
+            for rank in range(num_ranks):
+                handed_out = rows_of_lanes(store, range(rank, 4, num_ranks), num_batches, batch_rows, window_rows)
+                for lane, rows in handed_out.items():
+                    epochs = [rows[begin : begin + num_rows[lane]] for begin in range(0, len(rows), num_rows[lane])]
+                    assert all(sorted(epoch) == list(range(num_rows[lane])) for epoch in epochs[:-1])
+                    assert len(set(epochs[-1])) == len(epochs[-1])
+
+
+def test_what_the_ranks_see_together_does_not_depend_on_how_many_they_are(store):
+    alone = batches(store, range(4), 12)
+    for num_ranks in (2, 4):
+        ranks = [batches(store, range(rank, 4, num_ranks), 12) for rank in range(num_ranks)]
+        for step, batch in enumerate(alone):
+            for lane in range(4):
+                part = ranks[lane % num_ranks][step]
+                assert torch.equal(part.row[part.lane == lane], batch.row[batch.lane == lane])
+                assert torch.equal(part.x[part.lane == lane], batch.x[batch.lane == lane])
+
+
+@pytest.mark.parametrize("window_rows", [4, 12, 20, 1000])
+def test_seeking_equals_continuing(store, window_rows):
+    straight = batches(store, range(4), 30, window_rows=window_rows)
+    for taken in (0, 1, 2, 7, 13, 29):
+        resumed = batches(store, range(4), 30 - taken, seek=taken * 8, window_rows=window_rows)
+        assert all(torch.equal(a.x, b.x) and torch.equal(a.row, b.row) for a, b in zip(straight[taken:], resumed, strict=True))
+
+
+def test_a_used_stream_can_be_sent_back(store):
+    with Stream(store, SITE, range(4), 8, 20, seed=0, verify_shards=True) as stream:
+        first = [stream.next_batch().row for _ in range(9)]
+        assert stream.rows_taken == 72
+        stream.seek(16)
+        again = [stream.next_batch().row for _ in range(7)]
+    assert all(torch.equal(a, b) for a, b in zip(first[2:], again, strict=True))
+
+
+def test_epochs_and_seeds_differ_and_windows_shuffle(stores, tmp_path):
+    stores.build(tmp_path, [[[40], [40], [40]]])
+    first = rows_of_lanes(tmp_path, [0], 240, batch_rows=1, window_rows=30)[0]
+    other_seed = rows_of_lanes(tmp_path, [0], 120, batch_rows=1, window_rows=30, seed=1)[0]
+    assert len({tuple(first[:120]), tuple(first[120:]), tuple(other_seed), tuple(range(120))}) == 4
+
+
+def test_a_window_holds_rows_that_are_neighbours_in_the_shard_order(stores, tmp_path):
+    # Shards of 30 rows and windows of 30: the first 30 rows handed out are one whole shard, permuted.
+    stores.build(tmp_path, [[[30], [30], [30]]])
+    first = rows_of_lanes(tmp_path, [0], 30, batch_rows=1, window_rows=30)[0]
+    assert {row // 30 for row in first} == {first[0] // 30}
+    assert first != sorted(first)
+
+
+def test_every_lane_gives_as_many_rows_in_lane_order(store):
+    batch = batches(store, [3, 1], 1)[0]
+    assert batch.lane.tolist() == [1, 1, 3, 3]
+    assert batch.x.dtype == torch.float32
+
+
+def test_rows_keep_the_storage_type(stores, tmp_path):
+    stores.build(tmp_path, [[[9], [3]]], dtype="bfloat16")
+    with Stream(tmp_path, SITE, [0], 6, 6, seed=0, verify_shards=True) as stream:
+        batch = stream.next_batch()
+    assert batch.x.dtype == torch.bfloat16
+    assert torch.equal(batch.x[:, 1].long(), batch.row)
+
+
+def test_a_rank_opens_only_the_tars_of_its_lanes_and_site(stores, tmp_path):
+    stores.build(tmp_path, LANES)
+    for path in (*tmp_path.glob("resid.0/000[13]-*.tar"), *tmp_path.glob("resid.2/*.tar")):
+        path.write_bytes(b"")
+    rows = rows_of_lanes(tmp_path, [0, 2], 6)
+    assert Counter(rows[0]) == Counter(range(12))
+
+
+def test_a_flipped_byte_is_found_at_first_read(stores, tmp_path):
+    stores.build(tmp_path, LANES)
+    path = tar_path(tmp_path, SITE, 2, 0)
+    content = bytearray(path.read_bytes())
+    content[read_records(tmp_path, 2)[0].sites[SITE].tar.offsets[1] + 5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match=r"resid\.0/0002-000000\.tar: its SHA-256 differs"):
+        rows_of_lanes(tmp_path, range(4), 6)
+    with Stream(tmp_path, SITE, range(4), 8, 20, seed=0, verify_shards=False) as stream:
+        stream.next_batch()
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-512])])
+def test_a_missing_or_short_shard_is_refused_by_name_before_the_first_batch(stores, tmp_path, spoil):
+    stores.build(tmp_path, LANES)
+    spoil(tar_path(tmp_path, SITE, 0, 1))
+    with pytest.raises(StoreError, match=r"resid\.0/0000-000001\.tar .*gsae harvest"):
+        Stream(tmp_path, SITE, [0], 8, 20, seed=0, verify_shards=True)
+
+
+def test_a_shard_that_vanishes_later_is_named(stores, tmp_path):
+    stores.build(tmp_path, [[[4], [4], [4]]])
+    with Stream(tmp_path, SITE, [0], 4, 4, seed=0, verify_shards=True) as stream:
+        for path in (tmp_path / SITE).iterdir():
+            path.unlink()
+        with pytest.raises(StoreError, match=r"resid\.0/0000-00000\d\.tar is missing"):
+            stream.next_batch()
+
+
+def test_a_log_that_the_manifest_was_not_made_from_is_refused(stores, tmp_path):
+    stores.build(tmp_path, LANES)
+    log = tmp_path / "progress" / "0001.jsonl"
+    log.write_text(log.read_text().replace('"contexts": 1', '"contexts": 2'))
+    with pytest.raises(StoreError, match=r"progress log of lane 1 .* was changed"):
+        Stream(tmp_path, SITE, [1], 8, 20, seed=0, verify_shards=True)
+
+
+def test_settings_that_do_not_fit_the_lanes_name_values_that_do(store):
+    with pytest.raises(ConfigError, match=r"train\.batch_rows \(10\) .* 4 lanes; set it to 8 or 12"):
+        Stream(store, SITE, [0], 10, 20, seed=0, verify_shards=True)
+    with pytest.raises(ConfigError, match=r"train\.window_rows \(3\) .* at least 4"):
+        Stream(store, SITE, [0], 8, 3, seed=0, verify_shards=True)
+    with pytest.raises(StoreError, match=r"has no site resid\.1, only resid\.0, resid\.2"):
+        Stream(store, "resid.1", [0], 8, 20, seed=0, verify_shards=True)
+
+
+def test_provenance_finds_the_row_that_the_stream_handed_out(store):
+    # The store's rows say: token = row % 7, position = row + 1, document = row // 3.
+    for row in range(NUM_ROWS[0]):
+        found = provenance(store, SITE, 0, row)
+        assert (found.token, found.position, found.document) == (row % 7, row + 1, row // 3)
+        assert (found.shard, found.context) == ((0, 0) if row < 3 else (0, 2) if row < 7 else (1, 0))
+    with pytest.raises(StoreError, match="no row 12"):
+        provenance(store, SITE, 0, 12)

@@ -1,0 +1,215 @@
+"""Training as a whole: real ranks, real kills. Its numbers are DESIGN's invariants 1, 2, 6 and 7."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import small_settings, write_config, write_text
+from ranks import gsae, run_gsae, started
+from safetensors.torch import load_file
+
+from gsae.store.runs import checkpoints, damage, find_runs, read_metrics
+
+TIMES = ("seconds", "rows_per_second")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a store, a config, and the runs that one rank trained: two sites, two runs each, 200 steps in float64."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_text(folder / "text")
+    config = write_config(folder / "config.yaml", small_settings(folder) | {"harvest": {**small_settings(folder)["harvest"], "store": str(folder / "store")}})
+    run_gsae(1, ["harvest", config])
+    run_gsae(1, ["train", config])
+    return folder
+
+
+def again(trained: Path, folder: Path, **train) -> Path:
+    """A config that trains the same runs, or changed ones, into another folder."""
+    settings = yaml.safe_load((trained / "config.yaml").read_text())
+    settings["output"] = str(folder / "runs")
+    settings["train"] |= train
+    return write_config(folder / "config.yaml", settings)
+
+
+def final_states(output: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """All tensors of the last checkpoint of each run."""
+    states = {}
+    for run in find_runs(output):
+        last = checkpoints(run)[-1].path
+        assert damage(last) == []
+        states[str(run.relative_to(output))] = load_file(last / "sae.safetensors") | load_file(last / "state.safetensors")
+    return states
+
+
+def lines(output: Path) -> dict[str, list[dict]]:
+    """The metrics of each run, without the times."""
+    return {
+        str(run.relative_to(output)): [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(run)]
+        for run in find_runs(output)
+    }
+
+
+def assert_equal(output: Path, expected: Path) -> None:
+    states, wanted = final_states(output), final_states(expected)
+    assert states.keys() == wanted.keys()
+    for run, tensors in wanted.items():
+        assert [name for name in tensors if not torch.equal(tensors[name], states[run][name])] == [], run
+    assert lines(output) == lines(expected)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_train_the_same_weights(trained, tmp_path, size):
+    run_gsae(size, ["train", again(trained, tmp_path)])
+    states, wanted = final_states(tmp_path / "runs"), final_states(trained / "runs")
+    for run, tensors in wanted.items():
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                torch.testing.assert_close(states[run][name], tensor, rtol=0, atol=1e-9)
+            else:
+                assert torch.equal(states[run][name], tensor), f"{run}: {name}"
+    events = [[line for line in run if line["kind"].startswith("resampling")] for run in lines(trained / "runs").values()]
+    assert any(event.get("resampled") for run in events for event in run), "no feature was resampled, so the draw was not tested"
+    assert events == [[line for line in run if line["kind"].startswith("resampling")] for run in lines(tmp_path / "runs").values()]
+
+
+def test_groups_train_what_one_rank_trains(trained, tmp_path):
+    run_gsae(2, ["train", again(trained, tmp_path), "--train.groups", "2"])
+    assert_equal(tmp_path / "runs", trained / "runs")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_killed_training_ends_as_an_uninterrupted_one(trained, tmp_path, size):
+    """SIGKILL after a few lines of each of three starts, so at other steps than a checkpoint's."""
+    config, reference = again(trained, tmp_path), trained
+    if size > 1:
+        reference = tmp_path / "uninterrupted"
+        run_gsae(size, ["train", again(trained, reference)])
+    killed = 0
+    for _ in range(3):
+        with started(size, gsae, "train", str(config)) as ranks:
+            before, until = num_lines(tmp_path / "runs"), time.monotonic() + 60
+            while num_lines(tmp_path / "runs") < before + 12 and time.monotonic() < until and any(map(is_alive, ranks.processes)):
+                time.sleep(0.002)
+            killed += any(map(is_alive, ranks.processes))
+            ranks.kill()
+    assert killed == 3, "the training was over before it could be killed"
+    run_gsae(size, ["train", config])
+    assert_equal(tmp_path / "runs", reference / "runs")
+
+
+def num_lines(output: Path) -> int:
+    return sum(path.read_text().count("\n") for path in output.glob("*/*/metrics.jsonl"))
+
+
+def is_alive(process) -> bool:
+    return process.is_alive()
+
+
+def test_a_run_continues_on_another_number_of_ranks(trained, tmp_path):
+    config = again(trained, tmp_path)
+    stop_after_some_lines(config, tmp_path / "runs", size=2)
+    run_gsae(1, ["train", config])
+    states, wanted = final_states(tmp_path / "runs"), final_states(trained / "runs")
+    for run, tensors in wanted.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(states[run][name], tensor, rtol=0, atol=1e-9 if tensor.is_floating_point() else 0)
+
+
+def stop_after_some_lines(config: Path, output: Path, size: int) -> None:
+    """SIGTERM to one rank only; all stop together."""
+    with started(size, gsae, "train", str(config)) as ranks:
+        until = time.monotonic() + 60
+        while num_lines(output) < 6 and time.monotonic() < until:
+            time.sleep(0.002)
+        os.kill(ranks.processes[-1].pid, signal.SIGTERM)
+        assert ranks.wait(25) == [0] * size, ranks.output()
+
+
+def test_sigterm_checkpoints_and_says_so(trained, tmp_path):
+    config, output = again(trained, tmp_path), tmp_path / "runs"
+    stop_after_some_lines(config, output, size=2)
+    stopped = json.loads((output / "stopped.json").read_text())
+    steps = {checkpoints(run)[-1].step for run in find_runs(output / stopped["site"])}
+    assert steps == {stopped["step"]}
+    assert 0 < stopped["step"] < 200
+    run_gsae(2, ["train", config])
+    assert not (output / "stopped.json").exists()
+    assert all(run[-1]["kind"] == "finished" for run in lines(output).values())
+
+
+def test_a_second_call_does_nothing(trained):
+    before = {path: path.stat().st_mtime_ns for path in (trained / "runs").rglob("*") if path.is_file()}
+    assert "have ended before" in run_gsae(1, ["train", trained / "config.yaml"])
+    assert {path: path.stat().st_mtime_ns for path in (trained / "runs").rglob("*") if path.is_file()} == before
+
+
+def test_sick_runs_are_stopped_and_marked_while_the_others_go_on(trained, tmp_path):
+    sweeps = [
+        {"objective": "gated", "expansions": [2], "lambdas": {"1": [0.1, 3]}},
+        {"objective": "relu", "expansions": [2], "lambdas": {"1": [0.1]}},
+    ]
+    run_gsae(2, ["train", again(trained, tmp_path, sweeps=sweeps, learning_rate=2e-3)])
+    ends = {run.rpartition("/")[2]: metrics[-1] for run, metrics in lines(tmp_path / "runs").items()}
+    assert ends["gated-m32-l0.1-s0"]["kind"] == ends["relu-m32-l0.1-s0"]["kind"] == "finished"
+    sick = ends["gated-m32-l3-s0"]
+    assert sick["kind"] == "stopped"
+    assert "L0 was under 1" in sick["reason"]
+    assert sick["step"] < 200
+
+
+def test_a_gradient_that_is_not_finite_stops_its_run_before_the_weights_move(trained, tmp_path):
+    sweeps = [{"objective": "relu", "expansions": [2], "lambdas": {"1": [0.1, 1e308]}}]
+    schedule = {"lambda_warmup_fraction": 0.0}
+    run_gsae(2, ["train", again(trained, tmp_path, sweeps=sweeps, schedule=schedule, learning_rate=2e-3)])
+    ends = {run.rpartition("/")[2]: metrics[-1] for run, metrics in lines(tmp_path / "runs").items()}
+    assert ends["relu-m32-l0.1-s0"]["kind"] == "finished"
+    assert "not finite" in ends["relu-m32-l1e+308-s0"]["reason"]
+    weights = final_states(tmp_path / "runs")["resid.1/relu-m32-l1e+308-s0"]
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values() if tensor.is_floating_point())
+
+
+def test_float32_ends_within_one_percent_on_two_ranks(trained, tmp_path):
+    readings = {}
+    for size in (1, 2):
+        run_gsae(size, ["train", again(trained, tmp_path / str(size), dtype="float32", learning_rate=2e-3)])
+        readings[size] = [next(line for line in reversed(run) if line["kind"] == "step") for run in lines(tmp_path / str(size) / "runs").values()]
+    for one, two in zip(readings[1], readings[2], strict=True):
+        assert two["fvu"] == pytest.approx(one["fvu"], rel=0.01)
+        assert two["l0"] == pytest.approx(one["l0"], rel=0.01)
+
+
+@pytest.mark.parametrize("objective", ["relu", "gated", "gated-no-aux"])
+def test_decoder_rows_end_at_norm_1(trained, tmp_path, objective):
+    sweeps = [{"objective": objective, "expansions": [2], "lambdas": {"1": [0.05]}, "resampling": True}]
+    run_gsae(1, ["train", again(trained, tmp_path, sweeps=sweeps, total_rows=6400)])
+    (tensors,) = final_states(tmp_path / "runs").values()
+    assert (tensors["W_dec"].norm(dim=1) - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "size", "words"),
+    [
+        ({"learning_rate": 1e-3}, 1, "was trained with"),
+        ({"groups": 2}, 1, "train.groups is 2 but there are 1 ranks"),
+        ({"sites": [0]}, 1, "is not in the store"),
+        ({"sweeps": []}, 1, "no run"),
+        ({"dtype": "float64"}, 3, "3 ranks in a group do not divide"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(trained, tmp_path, change, size, words):
+    settings = yaml.safe_load((trained / "config.yaml").read_text())
+    settings["train"] |= change
+    before = final_states(trained / "runs")
+    with started(size, gsae, "train", str(write_config(tmp_path / "config.yaml", settings))) as ranks:
+        assert ranks.wait() == [2] * size
+        shown = [line for rank in range(size) for line in ranks.output(rank).splitlines()]
+    (line,) = [line for line in shown if line.startswith("gsae: ")]
+    assert words in line
+    assert not any("Traceback" in line for line in shown)
+    assert final_states(trained / "runs").keys() == before.keys()
