@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullLocator
 
 from gsae.report.numbers import decimals, plain, short_count, significant
 from gsae.report.runs import Run
@@ -155,6 +155,7 @@ def _draw_curve(axes: Axes, runs: Sequence[Run], name: str) -> None:
 def _draw_density(axes: Axes, runs: Sequence[Run]) -> None:
     """Histogram of the features' density, over evaluation."""
     axes.set(xlabel="density (share of rows a feature is on)", ylabel="features")
+    axes.xaxis.set_major_locator(MultipleLocator(1))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"$10^{{{value:.0f}}}$"))
     drawn = [run for run in runs if run.results and run.results.histogram_counts and run.state != "stopped"]
     for run in drawn:

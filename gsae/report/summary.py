@@ -11,6 +11,8 @@ from gsae.report.runs import Results, Run
 FEW_DOCUMENTS = 30
 """Below so many documents an interval over documents speaks for these documents only."""
 
+_MAX_LISTED = 10
+"""Items of a list of objects that are spelt out, such as the corpus's files."""
 _TITLES = {
     "l0": "L0",
     "l0_median": "L0 median",
@@ -133,18 +135,18 @@ def _evaluation(results: Results) -> Evaluation:
 
 
 def _model_name(model: Any) -> str:
-    if not isinstance(model, Mapping):
-        return str(model or "an unnamed LLM")
-    revision = model.get("revision")
-    return str(model.get("name", "an unnamed LLM")) + (f" at {str(revision)[:12]}" if revision else "")
+    if not isinstance(model, Mapping) or "name" not in model:
+        return "an unnamed LLM"
+    revision = f" at {str(model['revision'])[:12]}" if model.get("revision") else ""
+    return "a random Llama" if model["name"] == "random" else f"{model['name']}{revision}"
 
 
 def _text_name(text: Any) -> str:
-    if not isinstance(text, Mapping):
-        return str(text or "not recorded")
-    files = [str(file["name"] if isinstance(file, Mapping) else file) for file in text.get("files", [])]
-    shown = ", ".join(files[:3]) + (f" and {len(files) - 3} more files" if len(files) > 3 else "")
-    return f"{text.get('format', 'text')}: {shown}" if shown else str(text.get("format", "not recorded"))
+    if not isinstance(text, Mapping) or not {"format", "files"} <= text.keys():
+        return "not recorded"
+    files = [str(file["name"]) for file in text["files"]]
+    rest = f" and {len(files) - 3} more files" if len(files) > 3 else ""
+    return f"{text['format']}: {', '.join(files[:3])}{rest}"
 
 
 def _flat(tree: Any, name: str = "") -> Iterable[tuple[str, str]]:
@@ -153,8 +155,10 @@ def _flat(tree: Any, name: str = "") -> Iterable[tuple[str, str]]:
         for key, value in tree.items():
             yield from _flat(value, f"{name}.{key}" if name else str(key))
     elif isinstance(tree, list) and any(isinstance(item, Mapping) for item in tree):
-        for index, value in enumerate(tree):
+        for index, value in enumerate(tree[:_MAX_LISTED]):
             yield from _flat(value, f"{name}.{index}")
+        if len(tree) > _MAX_LISTED:
+            yield f"{name}.{_MAX_LISTED}", f"and {len(tree) - _MAX_LISTED} more"
     else:
         yield name, str(tree)
 

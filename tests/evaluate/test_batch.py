@@ -188,10 +188,12 @@ def test_the_identity_recovers_all_and_zero_nothing(bench):
 
 def test_a_tail_that_is_not_the_llms_is_found(bench, monkeypatch):
     right = Tail.logits
-    monkeypatch.setattr(
-        Tail, "logits", lambda tail, hidden, positions: right(tail, hidden * (1 + 1e-6 * len(tail._upper.layers)), positions)
-    )
-    with pytest.raises(GsaeError, match="resid.0: splicing in the activations themselves"):
+
+    def wrong(tail: Tail, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return right(tail, hidden * (1 + 1e-6 * len(tail._upper.layers)), positions)
+
+    monkeypatch.setattr(Tail, "logits", wrong)
+    with pytest.raises(GsaeError, match=r"resid\.0: splicing in the activations themselves"):
         run_batches(bench, 2)
 
 

@@ -70,3 +70,13 @@ def test_what_runs_say_is_text_not_markup(tmp_path, fake_run):
     page = run_report([tmp_path], None).read_text()
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page
+
+
+@pytest.mark.usefixtures("quick_plots")
+def test_without_an_evaluation_the_report_says_so_and_shows_no_quality(tmp_path, fake_run):
+    fake_run(is_evaluated=False).write(tmp_path)
+    page = run_report([tmp_path], None)
+    for text in (page.read_text(), (tmp_path / "report.md").read_text()):
+        assert "No run has been evaluated yet" in text
+        assert "Quality at a given sparsity" not in text
+        assert "not evaluated" in text

@@ -1,0 +1,84 @@
+"""Collectives on real ranks; each rank asserts for itself."""
+
+import pytest
+import ranks
+import torch
+
+from gsae import world
+from gsae.errors import ConfigError, GsaeError, StoreError
+
+
+def check_collectives(size: int) -> None:
+    with world.start("cpu") as here:
+        group = here.everyone
+        assert group.size == size
+        mine = torch.tensor([group.rank, 1.0], dtype=torch.float64)
+        assert group.reduce(mine, "sum").tolist() == [size * (size - 1) / 2, size]
+        assert group.reduce(mine, "max").tolist() == [size - 1, 1]
+        assert mine.tolist() == [group.rank, 1]
+        assert group.broadcast(mine).tolist() == [0, 1]
+        rows = torch.full((group.rank + 1, 2), group.rank)
+        assert group.gather(rows)[:, 0].tolist() == [rank for rank in range(size) for _ in range(rank + 1)]
+        assert group.gather(rows[:0]).shape == (0, 2)
+        assert group.any(group.rank == size - 1)
+        assert not group.any(False)
+        assert group.broadcast_object({"rank": group.rank}) == {"rank": 0}
+        assert group.on_first(lambda: group.rank) == 0
+
+
+def check_together(size: int) -> None:
+    with world.start("cpu") as here:
+        with pytest.raises(StoreError if here.everyone.rank == 1 else GsaeError, match="disk full") as raised, here.everyone.together():
+            if here.everyone.rank == 1:
+                raise StoreError("disk full")
+        assert raised.value.on_all_ranks
+        with pytest.raises(GsaeError if here.everyone.rank else ZeroDivisionError):
+            here.everyone.on_first(lambda: 1 // 0)
+        here.everyone.barrier()
+
+
+def check_groups(size: int) -> None:
+    with world.start("cpu", num_groups=2) as here:
+        assert here.group.size == size // 2
+        total = here.group.reduce(torch.tensor(here.everyone.rank), "sum")
+        assert int(total) == sum(here.group.ranks)
+        tickets = [here.next_ticket("sites") for _ in range(3)]
+        everyone = here.everyone.gather_objects(tickets)
+        assert all(everyone[rank] == tickets for rank in here.group.ranks)
+        of_first_ranks = [ticket for rank in (0, size // 2) for ticket in everyone[rank]]
+        assert sorted(of_first_ranks) == list(range(6))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_collectives(size):
+    ranks.run(size, check_collectives, size)
+
+
+def test_ranks_fail_together():
+    ranks.run(2, check_together, 2)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_groups_share_a_queue(size):
+    ranks.run(size, check_groups, size)
+
+
+def check_lanes(size: int) -> None:
+    with world.start("cpu") as here:
+        taken = here.everyone.gather_objects(list(world.lanes_of(here.everyone, 8)))
+        assert sorted(lane for lanes in taken for lane in lanes) == list(range(8))
+        with pytest.raises(ConfigError, match="do not divide"):
+            world.lanes_of(here.everyone, 7)
+
+
+def test_lanes_are_dealt_to_ranks():
+    ranks.run(2, check_lanes, 2)
+
+
+def check_too_many_groups() -> None:
+    with pytest.raises(ConfigError, match=r"train.groups is 3 but there are 2 ranks; set it to one of \[1, 2\]"), world.start("cpu", num_groups=3):
+        pass
+
+
+def test_groups_must_divide_the_ranks():
+    ranks.run(2, check_too_many_groups)
