@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gsae.config import Config
 from gsae.corpus.size import measure, tokens_per_character
-from gsae.llm.load import LLMInfo, describe, read_tokenizer
+from gsae.llm.load import LLMInfo, describe, load_tokenizer
 from gsae.llm.site import resolve_sites
 from gsae.train.plan import BankSpec, StoreOutline, plan_banks
 
@@ -71,7 +71,7 @@ def budget(config: Config) -> Budget:
 def _tokens(config: Config) -> int:
     if config.harvest.max_tokens is not None:
         return config.harvest.max_tokens
-    return round(measure(config.corpus).characters * tokens_per_character(config.corpus, read_tokenizer(config.llm)))
+    return round(measure(config.corpus).characters * tokens_per_character(config.corpus, load_tokenizer(config.llm)))
 
 
 def _bank_bytes(config: Config, info: LLMInfo, bank: BankSpec, site_bytes: int) -> int:

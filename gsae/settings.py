@@ -4,7 +4,6 @@ jsonargparse does the types; the keys are checked here first, so that a misspelt
 """
 
 import difflib
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -95,7 +94,7 @@ def _field_names(tree: type, prefix: str = "") -> Iterator[str]:
         name = prefix + field.name
         yield name
         for inner in (hints[field.name], *typing.get_args(hints[field.name])):
-            if isinstance(inner, type) and not isinstance(inner, types.GenericAlias) and is_dataclass(inner):
+            if is_dataclass(inner) and isinstance(inner, type):
                 yield from _field_names(inner, f"{name}.")
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -193,9 +192,8 @@ def start(device: str = "auto", num_groups: int = 1, timeout_seconds: float = 18
             if "RANK" in os.environ:
                 dist.init_process_group(backend, timeout=timeout)
             else:
-                dist.init_process_group(
-                    backend, store=dist.FileStore(str(Path(scratch) / "rendezvous"), 1), rank=0, world_size=1, timeout=timeout
-                )
+                alone = f"file://{scratch}/rendezvous"
+                dist.init_process_group(backend, init_method=alone, rank=0, world_size=1, timeout=timeout)
         try:
             state = PartialState(cpu=chosen.type == "cpu")
             if state.num_processes != launched_size or dist.get_world_size() != launched_size:

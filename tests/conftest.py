@@ -9,7 +9,7 @@ import yaml
 
 torch.set_num_threads(1)
 
-WORDS = "the of and a in to sparse gate magnitude feature layer row lane shard store token mean norm scale step Paris 1990".split()
+WORDS = ("the", "of", "and", "a", "in", "to", "sparse", "gate", "magnitude", "feature", "layer", "row", "lane", "shard", "Paris", "1990")
 
 
 def write_text(folder: Path, num_documents: int = 30, num_words: int = 120) -> None:

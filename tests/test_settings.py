@@ -43,7 +43,11 @@ def test_sites_may_be_keys_of_either_type(tmp_path):
         ("train: {sweeps: [{objektive: gated}]}", [], "did you mean train.sweeps.objective?"),
         ("lr: 1", [], "unknown setting lr in {path}"),
         ("llm: 3", [], "llm is 3, but it is a section"),
-        ("output: x", ["--train.lerning_rate", "1"], "unknown setting train.lerning_rate in the command line; did you mean train.learning_rate?"),
+        (
+            "output: x",
+            ["--train.lerning_rate", "1"],
+            "unknown setting train.lerning_rate in the command line; did you mean train.learning_rate?",
+        ),
         ("output: x", ["--train.batch_rows", "many"], "train.batch_rows"),
         ("train: {batch_rows: 100}", [], "train.batch_rows (100) is not a multiple of corpus.num_lanes (64); set it to 64 or 128"),
         ("train: {sweeps: [{objective: gatd, lambdas: {'*': [1]}}]}", [], "gated-no-aux"),
@@ -77,12 +81,21 @@ def test_values_are_checked_where_they_are_made():
 
 def test_help_shows_every_field_and_its_meaning():
     text = " ".join(config_parser("train").format_help().split())
-    for words in ("--train.batch_rows", "Rows of one step, over all ranks", "default: 4096", "--lambdas", "--corpus.num_lanes", "--llm.random.d_model"):
+    for words in (
+        "--train.batch_rows",
+        "Rows of one step, over all ranks",
+        "default: 4096",
+        "--lambdas",
+        "--corpus.num_lanes",
+        "--llm.random.d_model",
+    ):
         assert words in text
 
 
 def test_help_is_quick_and_imports_no_torch():
-    script = "import sys; from gsae.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    script = (
+        "import sys; from gsae.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
     started = time.monotonic()
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
     again = time.monotonic()

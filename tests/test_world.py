@@ -28,13 +28,18 @@ def check_collectives(size: int) -> None:
 
 def check_together(size: int) -> None:
     with world.start("cpu") as here:
-        with pytest.raises(StoreError if here.everyone.rank == 1 else GsaeError, match="disk full") as raised, here.everyone.together():
-            if here.everyone.rank == 1:
-                raise StoreError("disk full")
+        with pytest.raises(StoreError if here.everyone.rank == 1 else GsaeError, match="disk full") as raised:
+            fail_on_rank_1(here.everyone)
         assert raised.value.on_all_ranks
         with pytest.raises(GsaeError if here.everyone.rank else ZeroDivisionError):
             here.everyone.on_first(lambda: 1 // 0)
         here.everyone.barrier()
+
+
+def fail_on_rank_1(group: world.Group) -> None:
+    with group.together():
+        if group.rank == 1:
+            raise StoreError("disk full")
 
 
 def check_groups(size: int) -> None:
@@ -76,7 +81,10 @@ def test_lanes_are_dealt_to_ranks():
 
 
 def check_too_many_groups() -> None:
-    with pytest.raises(ConfigError, match=r"train.groups is 3 but there are 2 ranks; set it to one of \[1, 2\]"), world.start("cpu", num_groups=3):
+    with (
+        pytest.raises(ConfigError, match=r"train.groups is 3 but there are 2 ranks; set it to one of \[1, 2\]"),
+        world.start("cpu", num_groups=3),
+    ):
         pass
 
 

@@ -3,14 +3,17 @@
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int32
-from transformers import PreTrainedTokenizerBase
 
 from gsae.config import CorpusConfig, EvaluateConfig
 from gsae.corpus.documents import Piece, read_pieces, seeded_hash
 from gsae.errors import CorpusError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _MIN_SEGMENT_TOKENS = 2
 """Tokens of text below which what is left of a context is padded."""
@@ -63,7 +66,7 @@ class _Segment:
 class _OpenContext:
     """A context in the making, all padding at first."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context_length: int) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", context_length: int) -> None:
         self._prefix = _segment_prefix(tokenizer)
         padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
         self._tokens = np.full(context_length, padding, dtype=np.int32)
@@ -103,7 +106,7 @@ class Packer:
     gives the very contexts that follow it: what comes before `start` may be pushed and is ignored.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context_length: int, start: Cursor | None = None) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", context_length: int, start: Cursor | None = None) -> None:
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._start = start or Cursor(0, 0, 0)
@@ -135,14 +138,14 @@ class Packer:
         return [context]
 
 
-def tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def tokenise(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """The tokens of a text by itself: none added, and what looks like a special token (`</s>`) spelled out as text."""
     token_ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     return token_ids
 
 
 def held_out_contexts(
-    config: CorpusConfig, evaluate: EvaluateConfig, tokenizer: PreTrainedTokenizerBase, context_length: int
+    config: CorpusConfig, evaluate: EvaluateConfig, tokenizer: "PreTrainedTokenizerBase", context_length: int
 ) -> list[Context]:
     """Contexts of held-out text, spread over the documents; the same on every rank.
 
@@ -169,7 +172,7 @@ def held_out_contexts(
 
 
 def _draw_segments(
-    pieces: Sequence[Piece], evaluate: EvaluateConfig, tokenizer: PreTrainedTokenizerBase, context_length: int
+    pieces: Sequence[Piece], evaluate: EvaluateConfig, tokenizer: "PreTrainedTokenizerBase", context_length: int
 ) -> Iterator[_Segment]:
     """One document's segments, as long as a context allows, in a seeded order, up to evaluate.max_document_tokens."""
     longest = context_length - len(_segment_prefix(tokenizer))
@@ -205,7 +208,7 @@ def _first_tokens(segments: Iterable[_Segment], max_tokens: int) -> Iterator[_Se
             return
 
 
-def _pack_whole(segments: Iterable[_Segment], tokenizer: PreTrainedTokenizerBase, context_length: int) -> list[Context]:
+def _pack_whole(segments: Iterable[_Segment], tokenizer: "PreTrainedTokenizerBase", context_length: int) -> list[Context]:
     """Contexts of uncut segments: the longest first, each where it leaves the least room (best fit decreasing)."""
     contexts: list[_OpenContext] = []
     rooms: list[tuple[int, int]] = []  # (room, place in contexts), ascending
@@ -221,6 +224,6 @@ def _pack_whole(segments: Iterable[_Segment], tokenizer: PreTrainedTokenizerBase
     return [context.close() for context in contexts]
 
 
-def _segment_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _segment_prefix(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """What every segment begins with: BOS, where the tokenizer has one."""
     return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]

@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 from itertools import islice
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from gsae.config import CorpusConfig
 from gsae.corpus.contexts import tokenise
 from gsae.corpus.documents import read_pieces
 from gsae.errors import CorpusError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def measure(config: CorpusConfig) -> CorpusSize:
     return CorpusSize(len(documents), sum(lane_pieces), characters)
 
 
-def tokens_per_character(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase, num_pieces: int = 200) -> float:
+def tokens_per_character(config: CorpusConfig, tokenizer: "PreTrainedTokenizerBase", num_pieces: int = 200) -> float:
     """Tokens (BOS included) for each character of the first training pieces; for estimates."""
     texts = [piece.text for piece in islice(read_pieces(config, "training"), num_pieces)]
     return sum(1 + len(tokenise(tokenizer, text)) for text in texts) / max(1, sum(map(len, texts)))

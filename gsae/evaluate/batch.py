@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gsae.corpus.contexts import Context
@@ -29,7 +29,7 @@ from gsae.evaluate.splice import (
 from gsae.evaluate.sums import Membership, RunSums, SiteSums, find_membership
 from gsae.llm.load import LLM
 from gsae.llm.rows import candidates, special_tokens, within_norm
-from gsae.llm.site import Site, Tail, capture
+from gsae.llm.site import Site, Tail, capture, substitute
 from gsae.sae.objective import SAE
 
 
@@ -63,7 +63,7 @@ class SplicedSite:
 class BatchSums:
     """What a batch adds to the sums, on the CPU. It does not depend on the rank that made it."""
 
-    documents: Tensor
+    documents: Int[Tensor, " documents"]
     """The documents of the batch; the rows of every sum below."""
     sites: Mapping[str, SiteSums]
     """By name of the site."""
@@ -135,7 +135,8 @@ def evaluate_batch(llm: LLM, sites: Sequence[SplicedSite], batch: EvaluationBatc
         check: whether to check the splicing too.
 
     Raises:
-        GsaeError: splicing the identity changes the loss, or splicing zero is not the zero ablation: a bug.
+        GsaeError: the layers above a site are not the LLM's, splicing the identity changes the loss, or splicing zero is not the
+            zero ablation: a bug.
     """
     x = capture(llm.model, [each.site for each in sites], batch.tokens, batch.positions)
     clean = _clean_forward(llm, sites[-1], x[sites[-1].site.name], batch)
@@ -143,6 +144,8 @@ def evaluate_batch(llm: LLM, sites: Sequence[SplicedSite], batch: EvaluationBatc
     run_sums: dict[str, RunSums] = {}
     firing: dict[str, FiringCounts] = {}
     checks: dict[str, SpliceChecks] = {}
+    if check:
+        _check_clean(llm, sites[-1], clean)
     for each in sites:
         rows = _mask(each, x.pop(each.site.name), clean)
         site_values = _site_values(each, rows, clean)
@@ -170,19 +173,29 @@ def _mask(each: SplicedSite, x: Float[Tensor, "contexts length d_model"], clean:
     return _SiteRows(x, kept, (clean.batch.documents >= 0) & ~kept)
 
 
+def _check_clean(llm: LLM, last: SplicedSite, clean: _Clean) -> None:
+    """The clean losses must be those of the whole LLM, bit for bit."""
+    whole = substitute(llm.model, last.site, clean.batch.tokens, clean.batch.positions, lambda x: x)
+    _require_equal(cross_entropy(whole, clean.targets), clean.ce, f"the layers above {last.site.name} give clean losses")
+
+
 def _check(each: SplicedSite, rows: _SiteRows, values: SiteSums, clean: _Clean) -> SpliceChecks:
     """Splice in x itself and zero as if they came from an SAE: the losses must be the clean and the ablated ones, bit for bit."""
     x = rows.x.flatten(0, 1)
     identity, zero = (clean.targets.at_rows(_losses_with(each, rows, x_hat, clean).ce) for x_hat in (x, torch.zeros_like(x)))
-    for name, found, wanted in (("the activations themselves", identity, values.ce_clean), ("zero", zero, values.ce_zero)):
-        if not torch.equal(found, wanted):
-            raise GsaeError(
-                f"{each.site.name}: splicing in {name} gives losses {(found - wanted).abs().max():.3g} nats off; this is a bug in gsae, "
-                "or the LLM computes differently above a site than as a whole: report it with the config"
-            )
+    _require_equal(identity, values.ce_clean, f"{each.site.name}: splicing in the activations themselves gives losses")
+    _require_equal(zero, values.ce_zero, f"{each.site.name}: splicing in zero gives losses")
     clean_sum, zero_sum = values.ce_clean.sum(), values.ce_zero.sum()
     recovered = (loss_recovered(clean_sum, spliced.sum(), zero_sum) for spliced in (identity, zero))
     return SpliceChecks(*(float(value) for value in recovered))
+
+
+def _require_equal(found: Tensor, wanted: Tensor, what: str) -> None:
+    if not torch.equal(found, wanted):
+        raise GsaeError(
+            f"{what} that are {(found - wanted).abs().max():.3g} nats off; this is a bug in gsae, "
+            "or the LLM computes differently above a site than as a whole: report it with the config"
+        )
 
 
 def _site_values(each: SplicedSite, rows: _SiteRows, clean: _Clean) -> SiteSums:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gsae.evaluate.sums import RunSums, SiteSums
+from gsae.evaluate.sums import RunSums, SiteSums, Values
 from gsae.sae.objective import SAE
 
 SLICE_ROWS = 2048
@@ -47,22 +47,18 @@ class RowErrors:
 class ReconstructionMetrics:
     """Ratios of sums over kept rows. Fields are scalars, or have one value a bootstrap draw."""
 
-    l0: Annotated[Float[Tensor, "..."], "mean number of features on (f > 0) over kept rows"]
+    l0: Annotated[Values, "mean over kept rows of the number of features on (f > 0)"]
     fvu: Annotated[
-        Float[Tensor, "..."],
-        "fraction of variance unexplained: sum |x - x_hat|^2 / sum |x - mean|^2 over kept rows, mean being that of these same rows",
+        Values, "fraction of variance unexplained over kept rows: sum |x - x_hat|^2 / sum |x - mean|^2, mean being that of these same rows"
     ]
     fvu_dropped: Annotated[
-        Float[Tensor, "..."],
-        "the same ratio over rows out of the mask (position 0, BOS, EOS, outliers), mean being that of the store's kept rows",
+        Values,
+        "sum |x - x_hat|^2 / sum |x - mean|^2 over dropped rows (position 0, BOS, EOS, outliers), mean being that of the store's kept rows",
     ]
-    mse: Annotated[Float[Tensor, "..."], "mean over kept rows of |x - x_hat|^2, summed over d_model, in the LLM's own units"]
-    mse_scaled: Annotated[Float[Tensor, "..."], "mse of rows multiplied by the SAE's scale, the unit of the training loss"]
-    cosine: Annotated[Float[Tensor, "..."], "mean over kept rows of the cosine between x and x_hat, neither centred"]
-    gamma: Annotated[
-        Float[Tensor, "..."],
-        "relative reconstruction bias E|x_hat|^2 / E[x . x_hat] over kept rows, not centred; below 1 is shrinkage",
-    ]
+    mse: Annotated[Values, "mean over kept rows of |x - x_hat|^2, summed over d_model, in the LLM's own units"]
+    mse_scaled: Annotated[Values, "mse of rows multiplied by the SAE's scale, the unit of the training loss"]
+    cosine: Annotated[Values, "mean over kept rows of the cosine between x and x_hat, neither centred"]
+    gamma: Annotated[Values, "relative reconstruction bias E|x_hat|^2 / E[x . x_hat] over kept rows, not centred; below 1 is shrinkage"]
 
 
 @torch.no_grad()

@@ -124,10 +124,10 @@ def is_evaluated(run: TrainedRun, identity: Mapping[str, Any]) -> bool:
         results = json.loads((run.directory / RESULTS_FILE).read_text())
     except (OSError, ValueError):
         return False
-    if results.get("format") != RESULTS_FORMAT:
+    if not isinstance(results, dict) or results.get("format") != RESULTS_FORMAT:
         return False
-    found = {key: value for key, value in results["identity"].items() if key != "within_these_documents"}
-    return bool(found == _identity_of(run, identity))
+    found = {key: value for key, value in results.get("identity", {}).items() if key != "within_these_documents"}
+    return found == _identity_of(run, identity)
 
 
 def _identity_of(run: TrainedRun, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def _definitions(parts: Iterable[type]) -> dict[str, str]:
         "kept_rows": "rows that the site's mask lets in: not at position 0, neither BOS nor EOS nor padding, norm within the store's bound",
         "intervals": "95 %: the 2.5 % and 97.5 % quantiles of the metric over bootstrap draws of whole documents",
         "tokens": "tokens of text, BOS included, padding not",
-        "targets": "tokens predicted: text, not first in their segment",
+        "targets": "tokens whose prediction counts: text, and not the first of their segment",
     }
 
 

@@ -106,6 +106,9 @@ def run_evaluate(config: Config, world: World) -> None:
         sites = _load_sites(plan, llm, world.device)
     contexts = everyone.on_first(lambda: held_out_contexts(config.corpus, config.evaluate, llm.tokenizer, plan.manifest.context_length))
     batches = cut_batches(contexts, config.evaluate.batch_contexts)
+    console.say(
+        f"evaluate: {len(plan.pending)} runs at {len(sites)} sites on {len(contexts)} contexts; {plan.num_done} runs have results already"
+    )
     outcome = _evaluate_batches(llm, sites, batches, everyone, console)
     everyone.on_first(lambda: _write(config, plan, sites, batches, outcome, console))
 

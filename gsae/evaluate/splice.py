@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gsae.evaluate.sums import RunSums, SiteSums
+from gsae.evaluate.sums import RunSums, SiteSums, Values
 
 SLICE_LOGITS = 2**20
 """Logits taken to float32 at once: 4 MiB, which stays in a CPU's cache. Being fixed, it does not change the numbers."""
@@ -68,29 +68,21 @@ class SplicedLosses:
 class SpliceMetrics:
     """Means over targets, in nats, and their ratios. Fields are scalars, or have one value a bootstrap draw."""
 
-    ce_clean: Annotated[
-        Float[Tensor, "..."],
-        "cross-entropy of the untouched LLM in nats a token, over tokens whose segment holds the token before",
-    ]
-    ce_spliced: Annotated[
-        Float[Tensor, "..."],
-        "ce_clean's tokens with x_hat in place of x at kept rows; dropped rows keep their activation",
-    ]
-    ce_zero: Annotated[Float[Tensor, "..."], "the same with zero in place of x at kept rows"]
-    ce_mean: Annotated[Float[Tensor, "..."], "the same with the mean of the store's kept rows in place of x at kept rows"]
-    ce_zero_all_rows: Annotated[Float[Tensor, "..."], "the same with zero in place of x at all rows"]
-    ce_mean_all_rows: Annotated[Float[Tensor, "..."], "the same with the mean of the store's kept rows in place of x at all rows"]
-    delta_ce: Annotated[Float[Tensor, "..."], "ce_spliced - ce_clean, in nats a token"]
-    kl: Annotated[Float[Tensor, "..."], "mean KL(clean || spliced) of the next-token distributions, in nats a token"]
-    loss_recovered: Annotated[Float[Tensor, "..."], "1 - (ce_spliced - ce_clean) / (ce_zero - ce_clean), from totals; not clamped"]
-    loss_recovered_mean: Annotated[Float[Tensor, "..."], "1 - (ce_spliced - ce_clean) / (ce_mean - ce_clean), from totals; not clamped"]
+    ce_clean: Annotated[Values, "cross-entropy of the untouched LLM over the targets, in nats a token"]
+    ce_spliced: Annotated[Values, "cross-entropy with x_hat in place of x at kept rows, in nats a token; other rows keep their activation"]
+    ce_zero: Annotated[Values, "cross-entropy with zero in place of x at kept rows, in nats a token"]
+    ce_mean: Annotated[Values, "cross-entropy with the mean of the store's kept rows in place of x at kept rows, in nats a token"]
+    ce_zero_all_rows: Annotated[Values, "cross-entropy with zero in place of x at all rows, in nats a token"]
+    ce_mean_all_rows: Annotated[Values, "cross-entropy with the mean of the store's kept rows in place of x at all rows, in nats a token"]
+    delta_ce: Annotated[Values, "ce_spliced - ce_clean, in nats a token"]
+    kl: Annotated[Values, "mean over targets of KL(clean || spliced), the distance of the next-token distributions, in nats"]
+    loss_recovered: Annotated[Values, "1 - (ce_spliced - ce_clean) / (ce_zero - ce_clean), from totals, not clamped"]
+    loss_recovered_mean: Annotated[Values, "1 - (ce_spliced - ce_clean) / (ce_mean - ce_clean), from totals, not clamped"]
     loss_recovered_all_rows: Annotated[
-        Float[Tensor, "..."],
-        "1 - (ce_spliced - ce_clean) / (ce_zero_all_rows - ce_clean): x_hat still replaces kept rows only; not clamped",
+        Values, "1 - (ce_spliced - ce_clean) / (ce_zero_all_rows - ce_clean), from totals, not clamped; x_hat still replaces kept rows only"
     ]
     loss_recovered_mean_all_rows: Annotated[
-        Float[Tensor, "..."],
-        "1 - (ce_spliced - ce_clean) / (ce_mean_all_rows - ce_clean): x_hat still replaces kept rows only; not clamped",
+        Values, "1 - (ce_spliced - ce_clean) / (ce_mean_all_rows - ce_clean), from totals, not clamped; x_hat still replaces kept rows only"
     ]
 
 
@@ -150,7 +142,7 @@ def _at(log_probabilities: Tensor, tokens: Tensor) -> Tensor:
     return log_probabilities.gather(1, tokens[:, None])[:, 0]
 
 
-def loss_recovered(clean: Float[Tensor, "..."], spliced: Float[Tensor, "..."], ablated: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def loss_recovered(clean: Values, spliced: Values, ablated: Values) -> Values:
     """1 - (spliced - clean) / (ablated - clean): 1 for the identity, 0 for the ablation itself. Never clamped."""
     return 1 - (spliced - clean) / (ablated - clean)
 

@@ -12,6 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+Values = Float[Tensor, "..."]
+"""One value a token, document or draw; or the total."""
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -46,27 +49,27 @@ class Sums:
 class SiteSums(Sums):
     """What does not depend on an SAE. Distances are to the mean of the store's kept rows, `mean` below."""
 
-    kept_rows: Float[Tensor, "..."]
+    kept_rows: Values
     """Rows that the mask lets in."""
-    dropped_rows: Float[Tensor, "..."]
+    dropped_rows: Values
     """Rows of text that it does not."""
-    squared_distance: Float[Tensor, "..."]
+    squared_distance: Values
     """|x - mean|^2 of kept rows."""
-    squared_distance_dropped: Float[Tensor, "..."]
+    squared_distance_dropped: Values
     """|x - mean|^2 of dropped rows."""
     offset: Float[Tensor, "... d_model"]
     """x - mean of kept rows."""
-    targets: Float[Tensor, "..."]
+    targets: Values
     """Tokens that are predicted."""
-    ce_clean: Float[Tensor, "..."]
+    ce_clean: Values
     """Their cross-entropy in the untouched LLM, in nats."""
-    ce_zero: Float[Tensor, "..."]
+    ce_zero: Values
     """With kept rows replaced by zero."""
-    ce_mean: Float[Tensor, "..."]
+    ce_mean: Values
     """With kept rows replaced by the mean."""
-    ce_zero_all_rows: Float[Tensor, "..."]
+    ce_zero_all_rows: Values
     """With all rows replaced by zero."""
-    ce_mean_all_rows: Float[Tensor, "..."]
+    ce_mean_all_rows: Values
     """With all rows replaced by the mean."""
 
 
@@ -74,21 +77,21 @@ class SiteSums(Sums):
 class RunSums(Sums):
     """What one SAE adds, in raw units (x_hat already divided by the scale)."""
 
-    squared_error: Float[Tensor, "..."]
+    squared_error: Values
     """|x - x_hat|^2 of kept rows."""
-    squared_error_dropped: Float[Tensor, "..."]
+    squared_error_dropped: Values
     """|x - x_hat|^2 of dropped rows."""
-    squared_x_hat: Float[Tensor, "..."]
+    squared_x_hat: Values
     """|x_hat|^2 of kept rows."""
-    inner: Float[Tensor, "..."]
+    inner: Values
     """x . x_hat of kept rows."""
-    cosine: Float[Tensor, "..."]
+    cosine: Values
     """Cosine between x and x_hat of kept rows."""
-    l0: Float[Tensor, "..."]
+    l0: Values
     """Features on, of kept rows."""
-    ce_spliced: Float[Tensor, "..."]
+    ce_spliced: Values
     """Cross-entropy with kept rows replaced by x_hat, in nats."""
-    kl: Float[Tensor, "..."]
+    kl: Values
     """KL divergence of the spliced from the clean next-token distribution, in nats."""
 
 

@@ -87,6 +87,6 @@ def _split_by_context(
     """The kept rows of each context, on the CPU; one copy from the device for the whole batch."""
     counts = kept.sum(dim=1).tolist()
     columns = (x[kept], batch.tokens[kept].int(), batch.positions[kept].int(), batch.documents[kept].int())
-    parts = (column.cpu().split(counts) for column in columns)
+    parts = (torch.split(column.cpu(), counts) for column in columns)
     for x_rows, token, position, document in zip(*parts, strict=True):
         yield ContextRows(x_rows, token, position, document)

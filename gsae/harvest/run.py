@@ -82,10 +82,7 @@ def _claim(store: Path, layout: Layout, settings: dict[str, Any]) -> bool:
     """Make the directory this store's; whether it is whole already."""
     require_writable(store, "harvest.store")
     manifest.begin(store, layout, settings)
-    if not (store / "manifest.json").exists():
-        return False
-    manifest.load(store)
-    return True
+    return finish.is_finished(store)
 
 
 def _median_norms(config: Config, llm: LLM, layout: Layout, store: Path, group: Group) -> dict[str, float]:

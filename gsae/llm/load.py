@@ -106,6 +106,19 @@ def load(config: LLMConfig, device: torch.device, last_layer: int | None = None)
     return LLM(model, tokenizer, info)
 
 
+def load_tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
+    """The LLM's tokenizer alone.
+
+    Raises:
+        ConfigError: `llm.model` is empty.
+        ModelError: the files are not there, cannot be fetched, or are damaged.
+    """
+    if config.model == "random":
+        return byte_tokenizer()
+    with _quiet():
+        return _read_tokenizer(_local_directory(config) or _snapshot(config.model, config.revision, DESCRIPTION_FILES))
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """A block in which transformers and huggingface_hub show no progress bars and report errors only."""

@@ -46,4 +46,5 @@ def candidates(
 
 def within_norm(x: Float[Tensor, "... d_model"], max_norm: float) -> Bool[Tensor, "..."]:
     """Rows whose Euclidean norm, taken in float32, is at most `max_norm`. A NaN is not: it is dropped as an outlier."""
-    return x.float().norm(dim=-1) <= max_norm
+    norms: Tensor = torch.linalg.vector_norm(x.float(), dim=-1)
+    return norms <= max_norm

@@ -147,7 +147,7 @@ def train_step(bank: Bank, run: Run, x: Float[Tensor, "rows d_model"]) -> None:
     """One optimizer update of one run: forward, backward, clip, update; nothing here waits for the device."""
     run.optimizer.zero_grad()
     output: StepOutput = run.module(x, bank.lambda_(run, bank.step))
-    output.total.backward()
+    torch.autograd.backward(output.total)
     report = run.optimizer.step(bank.learning_rate(run, bank.step))
     run.firing.update(output.forward.f, output.forward.gate_open, bank.spec.batch_rows)
     run.meter.update(output.forward, report, bank.step)

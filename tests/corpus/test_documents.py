@@ -194,7 +194,7 @@ def test_lanes_of_real_text_are_even(real_documents):
 def test_the_identity_names_what_decides_the_pieces_and_no_place(write, tmp_path):
     config = write(numbered(3))
     identity = corpus_identity(config)
-    assert identity["files"] == [{"name": "corpus.jsonl", "bytes": (tmp_path / "corpus.jsonl").stat().st_size}]
+    assert (identity["files"]["number"], identity["files"]["bytes"]) == (1, (tmp_path / "corpus.jsonl").stat().st_size)
     assert str(tmp_path) not in json.dumps(identity)
     changes = {"max_documents": 2, "max_document_characters": 9, "held_out_fraction": 0.4, "piece_characters": 9, "num_lanes": 4}
     for name, value in {**changes, "seed": 5}.items():

@@ -33,9 +33,8 @@ class Bench:
 
 def make_bench(dtype: str) -> Bench:
     torch_dtype = getattr(torch, dtype)
-    llm = load(
-        LLMConfig(model="random", dtype=dtype, random=RandomLlamaConfig(num_layers=4, d_model=D_MODEL, num_heads=2)), torch.device("cpu")
-    )
+    shape = RandomLlamaConfig(num_layers=4, d_model=D_MODEL, num_heads=2)
+    llm = load(LLMConfig(model="random", dtype=dtype, random=shape), torch.device("cpu"))
     packer = Packer(llm.tokenizer, 24)
     contexts = [context for number, text in TEXTS.items() for context in packer.push(Piece(number, 0, text))] + packer.finish()
     contexts[1].tokens[5] = llm.tokenizer.eos_token_id
@@ -46,9 +45,7 @@ def make_bench(dtype: str) -> Bench:
     for site in SITES:
         norms = x[site.name].norm(dim=-1).flatten().sort().values
         mean = x[site.name].double().mean((0, 1)) + 0.1
-        runs = tuple(
-            SplicedRun(f"{site.name}/{name}", make_sae(name, number, torch_dtype), SCALE) for number, name in enumerate(("relu", "gated"))
-        )
+        runs = tuple(SplicedRun(f"{site.name}/{name}", make_sae(name, torch_dtype), SCALE) for name in ("relu", "gated"))
         sites.append(SplicedSite(site, Tail(llm.model, site), mean, float(norms[-8:-6].mean()), torch.float32, runs))
     return Bench(llm, contexts, sites)
 
@@ -186,14 +183,21 @@ def test_the_identity_recovers_all_and_zero_nothing(bench):
     assert list(result.checks) == ["resid.0", "resid.2"]
 
 
-def test_a_tail_that_is_not_the_llms_is_found(bench, monkeypatch):
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ({3: 1 + 1e-6, 1: 1}, r"resid\.0: splicing in the activations themselves gives losses that are"),
+        ({3: 1 + 1e-6, 1: 1 + 1e-6}, r"the layers above resid\.2 give clean losses that are"),
+    ],
+)
+def test_a_tail_that_is_not_the_llms_is_found(bench, monkeypatch, factors, message):
     right = Tail.logits
 
     def wrong(tail: Tail, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return right(tail, hidden * (1 + 1e-6 * len(tail._upper.layers)), positions)
+        return right(tail, hidden * factors[len(tail._upper.layers)], positions)
 
     monkeypatch.setattr(Tail, "logits", wrong)
-    with pytest.raises(GsaeError, match=r"resid\.0: splicing in the activations themselves"):
+    with pytest.raises(GsaeError, match=message):
         run_batches(bench, 2)
 
 

@@ -97,7 +97,9 @@ def test_stored_rows_are_those_of_a_slow_loop_over_contexts(whole):
             rows = member.rows
             stored += zip(rows.token.tolist(), rows.position.tolist(), rows.document.tolist(), rows.x, strict=True)
     assert [row[:3] for row in stored] == [row[:3] for row in expected]
-    torch.testing.assert_close(torch.stack([row[3] for row in stored]).float(), torch.stack([row[3] for row in expected]).float(), rtol=0.01, atol=1e-3)
+    torch.testing.assert_close(
+        torch.stack([row[3] for row in stored]).float(), torch.stack([row[3] for row in expected]).float(), rtol=0.01, atol=1e-3
+    )
 
 
 def test_max_tokens_ends_every_lane_at_the_same_shard(whole, tmp_path):

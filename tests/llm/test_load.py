@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from gsae.config import LLMConfig
 from gsae.errors import ConfigError, ModelError
-from gsae.llm.load import describe, load
+from gsae.llm.load import describe, load, load_tokenizer
 from gsae.llm.site import capture, resolve_sites
 
 CPU = torch.device("cpu")
@@ -94,6 +94,11 @@ def test_the_description_needs_no_loading_and_equals_what_is_loaded(any_config):
     assert info.d_model == llm.model.model.embed_tokens.weight.shape[1]
     assert info.vocab_size == llm.model.lm_head.weight.shape[0] == len(llm.tokenizer)
     assert json.loads(json.dumps(info.identity)) == info.identity
+
+
+def test_the_tokenizer_alone_is_the_llms(any_config):
+    text = "Hé 漢 ab"
+    assert load_tokenizer(any_config)(text)["input_ids"] == load(any_config, CPU).tokenizer(text)["input_ids"] == list(text.encode())
 
 
 @pytest.fixture

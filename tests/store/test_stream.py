@@ -92,11 +92,34 @@ def test_a_used_stream_can_be_sent_back(store):
     assert all(torch.equal(a, b) for a, b in zip(first[2:], again, strict=True))
 
 
-def test_epochs_and_seeds_differ_and_windows_shuffle(stores, tmp_path):
-    stores.build(tmp_path, [[[40], [40], [40]]])
-    first = rows_of_lanes(tmp_path, [0], 240, batch_rows=1, window_rows=30)[0]
-    other_seed = rows_of_lanes(tmp_path, [0], 120, batch_rows=1, window_rows=30, seed=1)[0]
-    assert len({tuple(first[:120]), tuple(first[120:]), tuple(other_seed), tuple(range(120))}) == 4
+def test_the_position_is_the_same_number_on_every_number_of_ranks(store):
+    straight = batches(store, [1, 3], 9)
+    with Stream(store, SITE, [1, 3], 8, 20, seed=0, verify_shards=True) as stream:
+        stream.seek(5 * 8)
+        resumed = [stream.next_batch() for _ in range(4)]
+        assert stream.rows_taken == 9 * 8
+    assert all(torch.equal(a.x, b.x) for a, b in zip(straight[5:], resumed, strict=True))
+    with pytest.raises(ValueError, match="10 rows are not as many from each of 4 lanes"):
+        Stream(store, SITE, [1], 8, 20, seed=0, verify_shards=True).seek(10)
+
+
+def test_every_epoch_window_lane_and_seed_has_an_order_of_its_own(stores, tmp_path):
+    # Two lanes of one shard of 40 rows, windows of 20: an epoch is two windows, rows 0..19 and rows 20..39.
+    stores.build(tmp_path, [[[40]], [[40]]])
+    orders = []
+    for seed in (0, 1):
+        for rows in rows_of_lanes(tmp_path, [0, 1], 120, batch_rows=2, window_rows=40, seed=seed).values():
+            orders += [tuple(row % 20 for row in rows[begin : begin + 20]) for begin in range(0, 120, 20)]
+    assert len(orders) == len(set(orders)) == 2 * 2 * 6
+
+
+def test_shards_come_in_another_order_in_every_epoch(stores, tmp_path):
+    # Four shards of 10 rows and windows of 10: each window is one whole shard. Six epochs, 24 possible orders.
+    stores.build(tmp_path, [[[10], [10], [10], [10]]])
+    rows = rows_of_lanes(tmp_path, [0], 240, batch_rows=1, window_rows=10)[0]
+    orders = {tuple(row // 10 for row in rows[begin : begin + 40 : 10]) for begin in range(0, 240, 40)}
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
+    assert len(orders) > 1
 
 
 def test_a_window_holds_rows_that_are_neighbours_in_the_shard_order(stores, tmp_path):

@@ -23,7 +23,9 @@ def trained(tmp_path_factory) -> Path:
     """A folder with a store, a config, and the runs that one rank trained: two sites, two runs each, 200 steps in float64."""
     folder = tmp_path_factory.mktemp("trained")
     write_text(folder / "text")
-    config = write_config(folder / "config.yaml", small_settings(folder) | {"harvest": {**small_settings(folder)["harvest"], "store": str(folder / "store")}})
+    config = write_config(
+        folder / "config.yaml", small_settings(folder) | {"harvest": {**small_settings(folder)["harvest"], "store": str(folder / "store")}}
+    )
     run_gsae(1, ["harvest", config])
     run_gsae(1, ["train", config])
     return folder
@@ -178,7 +180,9 @@ def test_float32_ends_within_one_percent_on_two_ranks(trained, tmp_path):
     readings = {}
     for size in (1, 2):
         run_gsae(size, ["train", again(trained, tmp_path / str(size), dtype="float32", learning_rate=2e-3)])
-        readings[size] = [next(line for line in reversed(run) if line["kind"] == "step") for run in lines(tmp_path / str(size) / "runs").values()]
+        readings[size] = [
+            next(line for line in reversed(run) if line["kind"] == "step") for run in lines(tmp_path / str(size) / "runs").values()
+        ]
     for one, two in zip(readings[1], readings[2], strict=True):
         assert two["fvu"] == pytest.approx(one["fvu"], rel=0.01)
         assert two["l0"] == pytest.approx(one["l0"], rel=0.01)

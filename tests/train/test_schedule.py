@@ -5,7 +5,7 @@ import math
 import pytest
 
 from gsae.config import ResamplingConfig, ScheduleConfig
-from gsae.train.schedule import event_steps, lambda_multiplier, learning_rate_multiplier, recovery_multiplier
+from gsae.train.schedule import event_steps, lambda_multiplier, learning_rate_multiplier, recovery_multiplier, warmup_steps
 
 
 def rates(total_steps, **settings):
@@ -54,6 +54,15 @@ def test_lambda_rises_over_its_own_warm_up():
     config = ScheduleConfig(lambda_warmup_fraction=0.5, max_lambda_warmup_steps=4)
     assert [lambda_multiplier(step, 6, config) for step in range(6)] == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1])
     assert [lambda_multiplier(step, 100, config) for step in range(6)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+
+
+@pytest.mark.parametrize(("fractions", "wanted"), [((0.2, 0.5), 4), ((0.3, 0.1), 3)])
+def test_the_warm_up_ends_when_both_have_risen(fractions, wanted):
+    # Of 10 steps: 2 and 5, capped at 4; then 3 and 1.
+    config = ScheduleConfig(kind="constant", warmup_fraction=fractions[0], lambda_warmup_fraction=fractions[1], max_lambda_warmup_steps=4)
+    assert warmup_steps(10, config) == wanted
+    both = [min(learning_rate_multiplier(step, 10, config), lambda_multiplier(step, 10, config)) for step in range(10)]
+    assert both.index(1) == wanted - 1
 
 
 def test_the_rate_drops_at_an_event_and_returns_over_half_a_cosine():
