@@ -76,6 +76,8 @@ def _stage_of_config(stage: str, words: list[str]) -> int:
 
         run_plan(config)
         return 0
+    # DDP warns that its search for unused parameters found none; world.py says why it is on. Torch reads this when it is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from gsae import world
 
     run: Callable[[Config, world.World], None] = getattr(import_module(f"gsae.{stage}.run"), f"run_{stage}")

@@ -136,7 +136,7 @@ class SweepConfig:
 
     objective: ObjectiveName = "gated"
     """Training objective; `relu` is the plain SAE, the baseline."""
-    lambdas: dict[str, list[float]] = field(default_factory=dict)
+    lambdas: dict[str | int, list[float]] = field(default_factory=dict)
     """Sparsity coefficients of each site, on scaled activations. Keys are sites as in harvest.sites, or `*` for all others;
     a site that has no key here is not trained by this sweep."""
     expansions: list[float] = field(default_factory=lambda: [8.0])
@@ -145,6 +145,8 @@ class SweepConfig:
     """Seeds of the initial weights and of the resampling draws (the order of the data is train.seed's)."""
     resampling: bool = False
     """Whether dead features are resampled at the events of train.resampling."""
+    learning_rate: float | None = None
+    """Adam's step size for these runs; null takes the site's (train.learning_rates) or train.learning_rate."""
 
     def __post_init__(self) -> None:
         _require(len(self.lambdas) > 0, f"train.sweeps: the sweep of {self.objective!r} has no lambdas; give e.g. lambdas: {{'*': [0.1]}}")
@@ -158,6 +160,8 @@ class SweepConfig:
             f"train.sweeps: expansions are {self.expansions}; give positive numbers",
         )
         _require(len(self.seeds) > 0, "train.sweeps: seeds is empty; give at least one")
+        rate = self.learning_rate
+        _require(rate is None or rate > 0, f"train.sweeps: learning_rate is {rate}; give a positive number, or null")
         _require(
             not (self.resampling and self.objective == "gated-norm-weighted"),
             "train.sweeps: gated-norm-weighted has no unit-norm decoder to resample into; set resampling: false",
@@ -244,7 +248,7 @@ class TrainConfig:
     """Rows shuffled together in memory, over all lanes."""
     learning_rate: float = 3e-4
     """Adam's step size."""
-    learning_rates: dict[str, float] = field(default_factory=dict)
+    learning_rates: dict[str | int, float] = field(default_factory=dict)
     """Step size of single sites, keyed as lambdas are; others take learning_rate."""
     adam_betas: tuple[float, float] = (0.0, 0.999)
     """Adam's decay rates of the first and second moment."""

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-DENSE_ABOVE = 0.1
-"""A feature on for a larger share of rows is dense."""
+DENSE_ONE_IN = 10
+"""A feature that is on for more than one in so many rows is dense."""
 BINS_A_DECADE = 4
 """Bins of the density histogram in each factor of ten."""
 SLICE_FEATURES = 1024
@@ -61,10 +61,11 @@ def count_l0(l0: Int[Tensor, " rows"], kept: Bool[Tensor, " rows"], num_features
     return torch.bincount(l0[kept], minlength=num_features + 1)
 
 
-def l0_quantile(histogram: Int[Tensor, " l0"], share: float) -> int:
-    """The smallest L0 that at least `share` of the rows do not exceed."""
+def l0_quantile(histogram: Int[Tensor, " l0"], percent: int) -> int:
+    """The smallest L0 that at least `percent` of the rows do not exceed."""
     cumulative = histogram.cumsum(0)
-    return int(torch.searchsorted(cumulative, math.ceil(share * int(cumulative[-1]))).item())
+    wanted_rows = -(-percent * int(cumulative[-1]) // 100)
+    return int(torch.searchsorted(cumulative, wanted_rows).item())
 
 
 def density_histogram(features: Int[Tensor, " features"], rows: int) -> DensityHistogram:
@@ -96,9 +97,9 @@ def density_metrics(counts: FiringCounts, W_dec: Float[Tensor, "features d_model
     rows = int(counts.l0_histogram.sum())
     num_features = len(counts.features)
     return DensityMetrics(
-        l0_median=l0_quantile(counts.l0_histogram, 0.5),
-        l0_p90=l0_quantile(counts.l0_histogram, 0.9),
+        l0_median=l0_quantile(counts.l0_histogram, 50),
+        l0_p90=l0_quantile(counts.l0_histogram, 90),
         not_seen_fraction=int((counts.features == 0).sum()) / num_features,
-        dense_fraction=int((counts.features > DENSE_ABOVE * rows).sum()) / num_features,
+        dense_fraction=int((counts.features > rows // DENSE_ONE_IN).sum()) / num_features,
         max_decoder_cosine_mean=max_decoder_cosine_mean(W_dec),
     )

@@ -154,7 +154,7 @@ def write_results(
     """
     kept_rows = int(site_sums.kept_rows.sum())
     with write_aside(run.directory / DENSITY_FILE) as file:
-        tensors = {"firing_counts": firing.features.cpu(), "l0_histogram": firing.l0_histogram.cpu()}
+        tensors = {"firing_counts": firing.features, "l0_histogram": firing.l0_histogram}
         file.write(safetensors.torch.save(tensors, metadata={"kept_rows": str(kept_rows)}))
     scale = run.description["scale"]
     totals = (site_sums.total(), run_sums.total())

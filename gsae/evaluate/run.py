@@ -83,7 +83,7 @@ class Outcome:
     totals: Totals
     """On the first rank; empty on the others."""
     firing: dict[str, FiringCounts]
-    """Of each run, over all ranks."""
+    """Of each run, over all ranks; on the CPU."""
     checks: Mapping[str, SpliceChecks]
     """Of each site; on the first rank."""
 
@@ -173,7 +173,7 @@ def _evaluate_batches(
                     totals.add(part)
             bar.advance(sum(batch.num_tokens for batch in round_of_batches))
     reduced = {
-        name: FiringCounts(everyone.reduce(each.features, "sum"), everyone.reduce(each.l0_histogram, "sum"))
+        name: FiringCounts(everyone.reduce(each.features, "sum").cpu(), everyone.reduce(each.l0_histogram, "sum").cpu())
         for name, each in firing.items()
     }
     return Outcome(totals, reduced, checks)

@@ -121,7 +121,7 @@ def _runs_of_sweep(config: Config, sweep: SweepConfig, site: str, store: StoreOu
                     num_features=num_features,
                     lambda_=lambda_,
                     seed=seed,
-                    learning_rate=learning_rate,
+                    learning_rate=sweep.learning_rate or learning_rate,
                     scale=store.scales[site] if config.train.scale_activations else 1.0,
                 )
 

@@ -25,7 +25,7 @@ def test_l0_histogram_counts_kept_rows_only():
 )
 def test_l0_quantiles_by_hand(rows, median, p90):
     histogram = torch.bincount(torch.tensor(rows), minlength=11)
-    assert (l0_quantile(histogram, 0.5), l0_quantile(histogram, 0.9)) == (median, p90)
+    assert (l0_quantile(histogram, 50), l0_quantile(histogram, 90)) == (median, p90)
 
 
 def test_seen_features_stand_in_the_bin_of_their_density():
