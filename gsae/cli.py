@@ -4,6 +4,7 @@ Nothing heavy is imported before the arguments are understood, so `--help` answe
 on request, 2 the user's mistake (one line on stderr), 1 a bug (a traceback), 130 interrupted.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from gsae.config import Config
 from gsae.errors import ConfigError, GsaeError
 from gsae.settings import config_parser, read_config
 
+USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+"""What the system says when a disk is full or a file may not be touched."""
 STAGES = {
     "harvest": "run the LLM over the training text and store its activations",
     "train": "train the SAEs of a store's sites",
@@ -31,13 +34,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         sys.exit(_dispatch(words))
     except GsaeError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank == 0 or not error.on_all_ranks:
-            where = f"rank {rank}: " if rank else ""
-            sys.stderr.write(f"gsae: {where}{error}\n")
+        _complain(str(error), error.spoken_by)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in USERS_ERRORS:
+            raise
+        _complain(
+            f"{error.filename or 'writing'}: {error.strerror}; free some space or mend the permissions, then run the same again", None
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _complain(message: str, spoken_by: int | None) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    if spoken_by in (None, rank):
+        where = f"rank {rank}: " if rank else ""
+        sys.stderr.write(f"gsae: {where}{' '.join(message.split())}\n")
 
 
 def _dispatch(words: list[str]) -> int:
@@ -70,7 +84,11 @@ def _stage_of_config(stage: str, words: list[str]) -> int:
     if any(word in ("-h", "--help") for word in words):
         sys.stdout.write(config_parser(stage).format_help())
         return 0
-    config = read_config(stage, words)
+    try:
+        config = read_config(stage, words)
+    except ConfigError as error:
+        error.spoken_by = 0  # all ranks read the same words
+        raise
     if stage == "plan":
         from gsae.plan import run_plan
 

@@ -5,6 +5,7 @@ ranks are checked by the stage that knows them.
 """
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 from gsae.errors import ConfigError
@@ -85,8 +86,6 @@ class LLMConfig:
     """Type of weights and computation."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation; both keep packed segments apart."""
-    sharding: Literal["replicate"] = "replicate"
-    """How ranks hold the LLM: a whole copy each."""
     random: RandomLlamaConfig = field(default_factory=RandomLlamaConfig)
     """Used only by `model: random`."""
 
@@ -152,7 +151,7 @@ class SweepConfig:
         _require(len(self.lambdas) > 0, f"train.sweeps: the sweep of {self.objective!r} has no lambdas; give e.g. lambdas: {{'*': [0.1]}}")
         for site, values in self.lambdas.items():
             _require(
-                len(values) > 0 and all(v >= 0 for v in values),
+                len(values) > 0 and all(0 <= v < inf for v in values),
                 f"train.sweeps: lambdas of {site!r} are {values}; give numbers of at least 0",
             )
         _require(
@@ -161,7 +160,7 @@ class SweepConfig:
         )
         _require(len(self.seeds) > 0, "train.sweeps: seeds is empty; give at least one")
         rate = self.learning_rate
-        _require(rate is None or rate > 0, f"train.sweeps: learning_rate is {rate}; give a positive number, or null")
+        _require(rate is None or 0 < rate < inf, f"train.sweeps: learning_rate is {rate}; give a positive number, or null")
         _require(
             not (self.resampling and self.objective == "gated-norm-weighted"),
             "train.sweeps: gated-norm-weighted has no unit-norm decoder to resample into; set resampling: false",
@@ -198,8 +197,8 @@ class ScheduleConfig:
 class ResamplingConfig:
     """New directions for dead features (Bricken et al. 2023, appendix), for the sweeps that ask for it."""
 
-    event_fractions: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4])
-    """When, in shares of the run; the last at most 0.5."""
+    event_fractions: list[float] = field(default_factory=lambda: [0.2, 0.3, 0.4, 0.5])
+    """When, in shares of the run; the last at most 0.5. An event before `dead_after_rows` rows were seen is refused."""
     dead_after_rows: int = 10_000_000
     """A feature is dead when it has not been on for so many rows over all ranks, capped at 20 % of the run, and at least
     half a firing interval."""
@@ -225,6 +224,9 @@ class ResamplingConfig:
             all(0 < f <= 0.5 for f in fractions) and list(fractions) == sorted(set(fractions)),
             f"train.resampling.event_fractions is {fractions}; give rising shares between 0 and 0.5",
         )
+        factor = self.learning_rate_factor
+        _require(0 < factor <= 1, f"train.resampling.learning_rate_factor is {factor}; give a share in (0, 1]")
+        _require(self.encoder_norm > 0, f"train.resampling.encoder_norm is {self.encoder_norm}; give a positive number")
         _require(self.dead_after_rows >= 1, f"train.resampling.dead_after_rows is {self.dead_after_rows}; give a positive number of rows")
         _require(
             self.max_candidate_rows >= 1,
@@ -282,7 +284,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("total_rows", "batch_rows", "window_rows", "groups", "log_every_steps", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; give a positive number")
-        _require(self.learning_rate > 0, f"train.learning_rate is {self.learning_rate}; give a positive number")
+        rates = {"learning_rate": self.learning_rate, **{f"learning_rates of {site}": rate for site, rate in self.learning_rates.items()}}
+        for name, rate in rates.items():
+            _require(0 < rate < inf, f"train.{name} is {rate}; give a positive number")
+        _require(all(0 <= beta < 1 for beta in self.adam_betas), f"train.adam_betas is {self.adam_betas}; give two numbers in [0, 1)")
+        _require(self.adam_eps > 0, f"train.adam_eps is {self.adam_eps}; give a positive number")
+        clip = self.clip_gradient_norm
+        _require(clip is None or clip > 0, f"train.clip_gradient_norm is {clip}; give a positive number, or null not to clip")
         _require(
             0 < self.checkpoint_every_fraction <= 1,
             f"train.checkpoint_every_fraction is {self.checkpoint_every_fraction}; give a share in (0, 1]",
@@ -331,6 +339,7 @@ class Config:
     """The evaluation stage."""
 
     def __post_init__(self) -> None:
+        _require(bool(self.output), "output is empty; give a directory for the runs")
         rows, lanes = self.train.batch_rows, self.corpus.num_lanes
         if rows % lanes:
             below = rows - rows % lanes

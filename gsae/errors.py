@@ -4,8 +4,8 @@
 class GsaeError(Exception):
     """Base of all errors whose message is meant for the user: shown in one line, without a traceback, exit code 2."""
 
-    on_all_ranks = False
-    """Whether every rank of the job raises it, so that one line is enough."""
+    spoken_by: int | None = None
+    """Where several ranks raise the same error, the one that shows it; None: the rank that raises it."""
 
 
 class ConfigError(GsaeError):

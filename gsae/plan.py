@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gsae.config import Config
-from gsae.corpus.size import measure, tokens_per_character
+from gsae.corpus.size import expected_tokens
 from gsae.llm.load import LLMInfo, describe, load_tokenizer
 from gsae.llm.site import resolve_sites
 from gsae.train.plan import BankSpec, StoreOutline, plan_banks
@@ -38,7 +38,7 @@ class Budget:
     passes: float
     """How often a run reads the store."""
     train_bytes: int
-    """Memory of a rank for the largest bank: weights, gradients and optimizer state, one run's features, two windows."""
+    """Memory of a rank for the largest bank: weights, gradients and optimizer state, one run's features, windows of rows."""
 
 
 def budget(config: Config) -> Budget:
@@ -49,7 +49,7 @@ def budget(config: Config) -> Budget:
     """
     info = describe(config.llm)
     sites = resolve_sites(config.harvest.sites, info.num_layers)
-    tokens = _tokens(config)
+    tokens = expected_tokens(config, lambda: load_tokenizer(config.llm))
     row_bytes = info.d_model * BYTES[config.harvest.storage_dtype]
     layers = {site.name: site.layer for site in sites}
     banks = plan_banks(config, StoreOutline(info.num_layers, info.d_model, layers, dict.fromkeys(layers, 1.0)))
@@ -68,20 +68,18 @@ def budget(config: Config) -> Budget:
     )
 
 
-def _tokens(config: Config) -> int:
-    if config.harvest.max_tokens is not None:
-        return config.harvest.max_tokens
-    return round(measure(config.corpus).characters * tokens_per_character(config.corpus, load_tokenizer(config.llm)))
-
-
 def _bank_bytes(config: Config, info: LLMInfo, bank: BankSpec, site_bytes: int) -> int:
-    """Memory of a bank on one rank: every run's state, the largest run's rows x features, two windows of stored rows."""
+    """Memory of a bank on one rank.
+
+    Each run's state, the largest run's rows x features, and two windows for each of two streams: training's, and that of a
+    resampling event.
+    """
     number = BYTES[config.train.dtype]
     widths = [run.num_features for run in bank.runs]
     parameters = sum(2 * info.d_model * width + 3 * width + info.d_model for width in widths)
     features = FEATURE_TENSORS * config.train.batch_rows * max(widths) * number
     window = min(config.train.window_rows * info.d_model * BYTES[config.harvest.storage_dtype], site_bytes)
-    return STATE_COPIES * parameters * number + features + 2 * window
+    return STATE_COPIES * parameters * number + features + 4 * window
 
 
 def run_plan(config: Config) -> None:

@@ -61,11 +61,17 @@ def read_config(stage: str, words: Sequence[str]) -> Config:
         raise ConfigError(f"no config given; usage: gsae {stage} CONFIG [--section.field value ...]")
     path, overrides = Path(words[0]), list(words[1:])
     known = list(_field_names(Config))
+    of_lists = [name for name in known if name.startswith("train.sweeps.")]
     for key in _keys_of_file(path):
         _require_known(key, known, str(path))
     for word in overrides:
         if word.startswith("--"):
-            _require_known(word[2:].partition("=")[0].removesuffix("+"), known, "the command line")
+            key = word[2:].partition("=")[0].removesuffix("+")
+            if key in of_lists:
+                raise ConfigError(
+                    f"{key} belongs to each item of a list; set it in {path}, or give the whole list as --train.sweeps '[...]'"
+                )
+            _require_known(key, known, "the command line")
     parser = config_parser(stage)
     try:
         parsed = parser.instantiate(parser.parse_args(["--config", str(path), *overrides]))

@@ -6,6 +6,7 @@ groups, so no caller has a case for it.
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class Group:
                 if failure is None:
                     failure = GsaeError(f"{message} (on rank {rank})")
                 if isinstance(failure, GsaeError):
-                    failure.on_all_ranks = True
+                    failure.spoken_by = self.ranks[0]
                 raise failure
 
     def on_first(self, work: Callable[[], T]) -> T:
@@ -136,7 +137,6 @@ class World:
     group: Group
     """The group this rank belongs to."""
     num_groups: int
-    local_rank: int
 
     @property
     def is_first(self) -> bool:
@@ -153,6 +153,13 @@ class World:
         store = dist.distributed_c10d._get_default_store()
         ticket = store.add(f"gsae/{queue}", 1) - 1 if self.group.is_first else None
         return self.group.broadcast_object(ticket)
+
+    def wait_for_all(self, name: str) -> None:
+        """Wait until all ranks have called this, however long the slowest takes: unlike a collective it knows no time-out."""
+        store = dist.distributed_c10d._get_default_store()
+        store.add(f"gsae/{name}", 1)
+        while store.add(f"gsae/{name}", 0) < self.everyone.size:
+            time.sleep(0.2)
 
 
 def _choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -201,30 +208,32 @@ def start(device: str = "auto", num_groups: int = 1, timeout_seconds: float = 18
                     f"the launcher announced {launched_size} ranks, accelerate sees {state.num_processes}; "
                     "for CPU ranks use launch/accelerate/cpu.yaml (distributed_type MULTI_GPU with use_cpu false)"
                 )
-            yield cut_into_groups(chosen, num_groups, local_rank)
+            yield cut_into_groups(chosen, num_groups, timeout)
         finally:
             dist.destroy_process_group()
 
 
-def cut_into_groups(device: torch.device, num_groups: int, local_rank: int = 0) -> World:
+def cut_into_groups(device: torch.device, num_groups: int, timeout: timedelta = timedelta(minutes=30)) -> World:
     """Make all process groups, on all ranks in the same order (`new_group` is collective over the world)."""
     size, rank = dist.get_world_size(), dist.get_rank()
     if num_groups > size or size % num_groups:
         possible = [n for n in range(1, size + 1) if size % n == 0]
-        raise ConfigError(
+        error = ConfigError(
             f"train.groups is {num_groups} but there are {size} ranks; set it to one of {possible}, "
             f"or start a multiple of {num_groups} ranks"
         )
-    everyone = Group(tuple(range(size)), rank, device, dist.new_group(list(range(size))))
+        error.spoken_by = 0
+        raise error
+    everyone = Group(tuple(range(size)), rank, device, dist.new_group(list(range(size)), timeout=timeout))
     size_of_group = size // num_groups
     mine: Group | None = None
     for first in range(0, size, size_of_group):
         ranks = tuple(range(first, first + size_of_group))
-        process_group = dist.new_group(list(ranks))
+        process_group = dist.new_group(list(ranks), timeout=timeout)
         if rank in ranks:
             mine = Group(ranks, rank - first, device, process_group)
     assert mine is not None
-    return World(everyone, mine, num_groups, local_rank)
+    return World(everyone, mine, num_groups)
 
 
 def lanes_of(group: Group, num_lanes: int) -> Sequence[int]:

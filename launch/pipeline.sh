@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # All four stages of one config: harvest, train, evaluate, report.
 #   bash launch/pipeline.sh CONFIG [NUM_RANKS] [--section.field value ...]
-# With one rank the stages run as plain processes; with more, accelerate starts them on this host
-# (ACCELERATE_CONFIG chooses the launch config; by default GPUs where there are some, else CPU ranks).
+# With one rank the stages run as plain processes; with more, accelerate starts them on this host.
+# ACCELERATE_CONFIG chooses the launch config (by default GPUs where there are some, else CPU ranks);
+# TRAIN_RANKS the number of ranks that train, where it is not to be NUM_RANKS.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -18,28 +19,27 @@ fi
 python=python3
 [ -x "$root/.venv/bin/python" ] && python="$root/.venv/bin/python"
 
+accelerate_config=${ACCELERATE_CONFIG:-}
+if [ -z "$accelerate_config" ]; then
+  accelerate_config="$root/launch/accelerate/cpu.yaml"
+  if [ -e /dev/nvidiactl ]; then
+    accelerate_config="$root/launch/accelerate/ddp.yaml"
+  fi
+fi
+
+# run_stage STAGE RANKS [--section.field value ...]
 run_stage() {
-  local stage=$1
-  shift
-  if [ "$num_ranks" -eq 1 ]; then
+  local stage=$1 ranks=$2
+  shift 2
+  if [ "$ranks" -eq 1 ]; then
     "$python" -m gsae "$stage" "$config" "$@"
   else
-    "$python" -m accelerate.commands.launch --config_file "$accelerate_config" --num_processes "$num_ranks" \
+    "$python" -m accelerate.commands.launch --config_file "$accelerate_config" --num_processes "$ranks" --main_process_port 0 \
       -m gsae "$stage" "$config" "$@"
   fi
 }
 
-if [ "$num_ranks" -gt 1 ] && [ -z "${ACCELERATE_CONFIG:-}" ]; then
-  if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    accelerate_config="$root/launch/accelerate/ddp.yaml"
-  else
-    accelerate_config="$root/launch/accelerate/cpu.yaml"
-  fi
-else
-  accelerate_config=${ACCELERATE_CONFIG:-}
-fi
-
-for stage in harvest train evaluate; do
-  run_stage "$stage" "$@"
-done
+run_stage harvest "$num_ranks" "$@"
+run_stage train "${TRAIN_RANKS:-$num_ranks}" "$@"
+run_stage evaluate "$num_ranks" "$@"
 "$python" -m gsae report "$config" "$@"

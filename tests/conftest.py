@@ -32,13 +32,15 @@ def small_settings(folder: Path) -> dict:
             "total_rows": 12_800,
             "batch_rows": 64,
             "window_rows": 2048,
-            "learning_rate": 0.05,  # so high that features die and are resampled
+            "learning_rate": 2e-3,
             "dtype": "float64",
             "log_every_steps": 10,
             "resampling": {"event_fractions": [0.25, 0.5], "min_interval_rows": 1000, "dead_after_rows": 500},
             "sweeps": [
                 {"objective": "gated", "expansions": [3], "lambdas": {"*": [0.2]}},
-                {"objective": "relu", "expansions": [3], "lambdas": {"*": [0.9]}, "resampling": True},
+                # A learning rate so high that features die and are resampled.
+                {"objective": "gated", "expansions": [8], "lambdas": {"*": [0.9]}, "resampling": True, "learning_rate": 0.1},
+                {"objective": "relu", "expansions": [8], "lambdas": {"*": [0.9]}, "resampling": True, "learning_rate": 0.1},
             ],
         },
         "evaluate": {"max_tokens": 1500, "max_document_tokens": 500, "batch_contexts": 4, "min_documents": 2, "bootstrap_draws": 50},

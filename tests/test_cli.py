@@ -53,6 +53,6 @@ def test_plan_tells_the_budget(pipeline: Path, capsys):
     assert run("plan", str(pipeline)) == 0
     shown = capsys.readouterr().out
     assert "resid.1, resid.2" in shown
-    assert "4 runs of 200 steps of 64 rows = 12,800 rows" in shown
+    assert "6 runs of 200 steps of 64 rows = 12,800 rows" in shown
     assert run("plan", str(pipeline), "--harvest.max_tokens", "1000000000000000") == 0
     assert "will not fit" in capsys.readouterr().out

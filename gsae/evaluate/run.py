@@ -15,7 +15,7 @@ from gsae.config import Config
 from gsae.console import Console, open_console
 from gsae.corpus.contexts import held_out_contexts
 from gsae.corpus.documents import corpus_identity
-from gsae.errors import ConfigError
+from gsae.errors import CheckpointError, ConfigError
 from gsae.evaluate.batch import BatchSums, SpliceChecks, SplicedRun, SplicedSite, cut_batches, evaluate_batch
 from gsae.evaluate.bootstrap import draw_documents
 from gsae.evaluate.density import FiringCounts
@@ -27,6 +27,7 @@ from gsae.llm.site import Site, Tail
 from gsae.sae.formats import load_sae
 from gsae.store.manifest import Manifest
 from gsae.store.manifest import load as load_manifest
+from gsae.store.runs import STOPPED_FILE
 from gsae.store.shards import DTYPES
 from gsae.world import Group, World
 
@@ -116,6 +117,10 @@ def run_evaluate(config: Config, world: World) -> None:
 def _plan(config: Config) -> Plan:
     manifest, info = load_manifest(Path(config.store_directory)), describe(config.llm)
     _require_same_source(config, manifest, info)
+    if (Path(config.output) / STOPPED_FILE).exists():
+        raise CheckpointError(
+            f"the training below {config.output} was stopped before its end; run gsae train again, or delete its {STOPPED_FILE}"
+        )
     runs = find_trained_runs(Path(config.output), manifest)
     identity = evaluation_identity(config, manifest, info)
     pending = [run for run in runs if not is_evaluated(run, identity)]

@@ -15,7 +15,7 @@ from gsae.config import Config
 from gsae.console import Console, open_console
 from gsae.corpus.contexts import Context, Packer
 from gsae.corpus.documents import corpus_identity, read_pieces
-from gsae.corpus.size import measure, tokens_per_character
+from gsae.corpus.size import expected_tokens, shards_a_lane
 from gsae.errors import CorpusError
 from gsae.harvest.rows import ShardRows, calibrate
 from gsae.llm.load import LLM, LLMInfo, describe, load
@@ -50,9 +50,9 @@ def run_harvest(config: Config, world: World) -> None:
     with group.together():
         llm = load(config.llm, world.device, last_layer=layout.sites[-1].layer)
     median_norms = _median_norms(config, llm, layout, store, group)
-    total_tokens = group.on_first(lambda: _expected_tokens(config, llm))
+    total_tokens = group.on_first(lambda: expected_tokens(config, lambda: llm.tokenizer))
     _harvest_lanes(config, llm, ShardRows(config.harvest, llm, layout, median_norms), store, lanes, total_tokens, group, console)
-    group.barrier()
+    world.wait_for_all("harvested")
     group.on_first(lambda: _finish(store, console))
 
 
@@ -149,7 +149,7 @@ class _Lane:
 def _pending_shards(config: Config, llm: LLM, logs: Sequence[ProgressLog]) -> Iterator[_PendingShard]:
     """The shards that are missing, as the corpus is read; a shard is given only once it is known whether it is its lane's last."""
     harvest, num_lanes = config.harvest, config.corpus.num_lanes
-    size, limit = harvest.contexts_per_shard, _shards_a_lane(config)
+    size, limit = harvest.contexts_per_shard, shards_a_lane(config)
     lanes = {log.lane: _Lane(log, Packer(llm.tokenizer, harvest.context_length, log.cursor), []) for log in logs}
     pieces = read_pieces(config.corpus, "training", lambda document, piece: (document + piece) % num_lanes in lanes) if lanes else ()
     for piece in pieces:
@@ -172,21 +172,6 @@ def _pending_shards(config: Config, llm: LLM, logs: Sequence[ProgressLog]) -> It
             )
         for start in range(0, len(remaining), size):
             yield _PendingShard(lane.log, remaining[start : start + size], start + size >= len(remaining))
-
-
-def _shards_a_lane(config: Config) -> int | None:
-    """Shards to harvest of each lane; None for all of its text."""
-    harvest = config.harvest
-    tokens_a_round = config.corpus.num_lanes * harvest.contexts_per_shard * harvest.context_length
-    return None if harvest.max_tokens is None else -(-harvest.max_tokens // tokens_a_round)
-
-
-def _expected_tokens(config: Config, llm: LLM) -> int:
-    """About how many tokens the LLM will compute, for the bar: exact where harvest.max_tokens ends it, else from the length of the text."""
-    limit = _shards_a_lane(config)
-    if limit is not None:
-        return limit * config.corpus.num_lanes * config.harvest.contexts_per_shard * config.harvest.context_length
-    return round(measure(config.corpus).characters * tokens_per_character(config.corpus, llm.tokenizer))
 
 
 def _finish(store: Path, console: Console) -> None:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from gsae.errors import CheckpointError
-from gsae.store.durable import fsync_directory, fsync_file
+from gsae.store.durable import fsync_directory, fsync_file, make_directory
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
+STOPPED_FILE = "stopped.json"
+"""In the output directory while a training that was stopped on request waits to be continued."""
 CONTENTS_FILE = "checkpoint.json"
 CHECKPOINT_FORMAT = 1
 
@@ -61,7 +63,7 @@ def write_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Che
     Only one rank calls this. A checkpoint of the same step is replaced.
     """
     folder = run / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_directory(folder)
     for left_over in folder.glob("*.partial"):
         shutil.rmtree(left_over)
     aside, final = folder / f"{step:08d}.partial", folder / f"{step:08d}"
@@ -74,18 +76,23 @@ def write_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Che
         fsync_file(path)
     fsync_directory(aside)
     if final.exists():
-        shutil.rmtree(final)
+        remove_checkpoint(final)
     aside.rename(final)
     fsync_directory(folder)
     return Checkpoint(final, step)
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; each is renamed first, so that none is ever half there."""
+    """Delete all but the newest `keep` checkpoints."""
     for old in checkpoints(run)[:-keep]:
-        doomed = old.path.with_name(f"{old.path.name}.partial")
-        old.path.rename(doomed)
-        shutil.rmtree(doomed)
+        remove_checkpoint(old.path)
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint; it is renamed first, so that it is never half there under its name."""
+    doomed = checkpoint.with_name(f"{checkpoint.name}.old.partial")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def damage(checkpoint: Path) -> list[str]:
@@ -102,6 +109,8 @@ def damage(checkpoint: Path) -> list[str]:
     if body["format"] != CHECKPOINT_FORMAT:
         return [f"{checkpoint}: format {body['format']}, this version reads {CHECKPOINT_FORMAT}"]
     problems = [f"{checkpoint / name}: missing" for name in hashes if not (checkpoint / name).is_file()]
+    present = {path.name for path in checkpoint.iterdir()} - {CONTENTS_FILE}
+    problems += [f"{checkpoint / name}: not part of the checkpoint" for name in sorted(present - hashes.keys())]
     changed = (name for name, wanted in hashes.items() if (checkpoint / name).is_file() and _sha256(checkpoint / name) != wanted)
     return problems + [f"{checkpoint / name}: SHA-256 differs from {CONTENTS_FILE}" for name in changed]
 
@@ -128,10 +137,15 @@ def read_run(run: Path) -> dict[str, Any]:
 
 def find_difference(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
     """The first setting in which two objects of `run.json` differ, with both values; None when they are equal."""
-    for name in sorted({*there, *wanted} - {"settings", "train_fingerprint"}):
-        if there.get(name) != wanted.get(name):
-            return f"{name} {there.get(name)!r}, this config has {wanted.get(name)!r}"
-    return find_difference(there["settings"], wanted["settings"]) if "settings" in wanted else None
+    for name in sorted({*there, *wanted} - {"train_fingerprint"}):
+        old, new = there.get(name), wanted.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            deeper = find_difference(old, new)
+            if deeper is not None:
+                return deeper if name == "settings" else f"{name}.{deeper}"
+        elif old != new:
+            return f"{name} {old!r}, this config has {new!r}"
+    return None
 
 
 def read_metrics(run: Path) -> Iterator[dict[str, Any]]:

@@ -102,6 +102,11 @@ class Bank:
         return [run for run in self.runs if run.is_active]
 
     @property
+    def unstopped_runs(self) -> list[Run]:
+        """The runs that still train, or have just finished."""
+        return [run for run in self.runs if run.stopped is None]
+
+    @property
     def rows(self) -> int:
         """Rows of the stream taken, over all ranks."""
         return self.step * self.spec.batch_rows

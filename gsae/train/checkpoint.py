@@ -5,23 +5,18 @@ Beside the SAE itself (`sae.safetensors`, `sae.json`) stand `state.safetensors` 
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from gsae.errors import CheckpointError
 from gsae.sae.formats import load_sae, save_sae
-from gsae.store.runs import (
-    METRICS_FILE,
-    Checkpoint,
-    checkpoints,
-    newest_checkpoint,
-    prune_checkpoints,
-    read_run,
-    require_whole,
-    write_checkpoint,
-)
+from gsae.store.durable import fsync_file, write_aside
+from gsae.store.runs import METRICS_FILE, checkpoints, prune_checkpoints, read_run, remove_checkpoint, require_whole, write_checkpoint
 from gsae.train.bank import Bank, Run
 
 STATE_TENSORS_FILE = "state.safetensors"
@@ -37,59 +32,74 @@ class ResumePoint:
     step: int
     """The newest step that every unfinished run has whole; 0 starts anew."""
     sources: dict[str, Path | None]
-    """The checkpoint of each run: of that step, or the last one of a run that has ended; None at step 0."""
+    """The checkpoint of that step of each unfinished run; None at step 0."""
 
 
-def save_run(bank: Bank, run: Run) -> None:
-    """Write a checkpoint of one run. A collective: counters are brought together, the first rank writes, all ranks wait."""
-    run.firing.synchronise(bank.group)
-    bank.group.on_first(lambda: _write(bank, run))
+def save_runs(bank: Bank, runs: Sequence[Run]) -> None:
+    """Write a checkpoint of each run, then delete old ones. A collective: the first rank writes, all ranks wait.
+
+    Old ones go only when all runs have the new step, so a step that all of them have whole is left wherever a kill strikes.
+    """
+    for run in runs:
+        run.firing.synchronise(bank.group)
+    bank.group.on_first(lambda: _write(bank, runs))
 
 
-def _write(bank: Bank, run: Run) -> None:
-    def fill(directory: Path) -> None:
-        described = {key: value for key, value in read_run(run.directory).items() if key not in ("format", "settings")}
-        save_sae(directory, run.sae, {**described, "step": bank.step, "rows": bank.rows})
-        optimizer = {f"optimizer.{name}": value.cpu().contiguous() for name, value in run.optimizer.state_tensors().items()}
-        firing = {f"firing.{name}": value.cpu().contiguous() for name, value in run.firing.state_tensors().items()}
-        save_file({**optimizer, **firing, "resampled": run.resampled.cpu()}, directory / STATE_TENSORS_FILE)
-        counters = {name: getattr(run, name) for name in COUNTERS}
-        (directory / STATE_FILE).write_text(json.dumps({"step": bank.step, **counters}, indent=1) + "\n")
-
-    write_checkpoint(run.directory, bank.step, fill)
-    prune_checkpoints(run.directory, bank.config.keep_checkpoints)
+def _write(bank: Bank, runs: Sequence[Run]) -> None:
+    for run in runs:
+        fsync_file(run.directory / METRICS_FILE)
+        write_checkpoint(run.directory, bank.step, partial(_fill, bank, run))
+    for run in runs:
+        prune_checkpoints(run.directory, bank.config.keep_checkpoints)
 
 
-def find_resume_point(directories: dict[str, Path]) -> ResumePoint:
-    """Where the runs in these directories, by name, can all continue. Files only; one rank calls this.
+def _fill(bank: Bank, run: Run, directory: Path) -> None:
+    described = {key: value for key, value in read_run(run.directory).items() if key not in ("format", "settings")}
+    save_sae(directory, run.sae, {**described, "step": bank.step, "rows": bank.rows})
+    optimizer = {f"optimizer.{name}": value.cpu().contiguous() for name, value in run.optimizer.state_tensors().items()}
+    firing = {f"firing.{name}": value.cpu().contiguous() for name, value in run.firing.state_tensors().items()}
+    save_file({**optimizer, **firing, "resampled": run.resampled.cpu()}, directory / STATE_TENSORS_FILE)
+    counters = {name: getattr(run, name) for name in COUNTERS}
+    (directory / STATE_FILE).write_text(json.dumps({"step": bank.step, **counters}, indent=1) + "\n")
+
+
+def find_resume_point(directories: dict[str, Path], first_checkpoint: int) -> ResumePoint:
+    """Where the runs in these directories, by name, can all continue; what is newer is deleted. Files only; one rank calls this.
 
     Raises:
-        CheckpointError: the newest checkpoint of a run is damaged.
+        CheckpointError: a checkpoint to continue from is damaged, or a run was added to others that have already begun.
     """
-    ended: dict[str, Path | None] = {}
-    unfinished: dict[str, dict[int, Checkpoint]] = {}
-    for name, directory in directories.items():
-        found = checkpoints(directory)
-        newest = newest_checkpoint(directory) if found else None
-        if newest is not None and _has_ended(newest.path):
-            ended[name] = newest.path
-        else:
-            unfinished[name] = {checkpoint.step: checkpoint for checkpoint in found}
-    common = set.intersection(*(set(steps) for steps in unfinished.values())) if unfinished else set()
-    step = max(common, default=0)
-    for steps in unfinished.values():
+    unfinished = {name: directory for name, directory in directories.items() if not _has_ended(directory)}
+    steps = {name: {checkpoint.step: checkpoint.path for checkpoint in checkpoints(run)} for name, run in unfinished.items()}
+    step = max(set.intersection(*map(set, steps.values())) if steps else (), default=0)
+    ahead = [name for name, found in steps.items() if step == 0 and max(found, default=0) > first_checkpoint]
+    if ahead:
+        new = next((name for name, found in steps.items() if not found), ahead[0])
+        raise CheckpointError(
+            f"run {new} has not begun but {ahead[0]} is at step {max(steps[ahead[0]])}, and runs of a site train together; "
+            "finish the others with their own config first, or give output another directory"
+        )
+    for found in steps.values():
         if step:
-            require_whole(steps[step].path)
-    return ResumePoint(step, ended | {name: steps[step].path if step else None for name, steps in unfinished.items()})
+            require_whole(found[step])
+        for newer in [path for at, path in found.items() if at > step]:
+            remove_checkpoint(newer)
+    return ResumePoint(step, {name: found[step] if step else None for name, found in steps.items()})
 
 
-def _has_ended(checkpoint: Path) -> bool:
-    state = _read_state(checkpoint)
+def _has_ended(run: Path) -> bool:
+    found = checkpoints(run)
+    if not found or not (found[-1].path / STATE_FILE).exists():
+        return False
+    state = _read_state(found[-1].path)
     return bool(state["finished"]) or state["stopped"] is not None
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text())
+    try:
+        state: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint / STATE_FILE}: {error}; delete {checkpoint} and train again") from error
     return state
 
 
@@ -117,6 +127,5 @@ def truncate_metrics(directory: Path, step: int) -> None:
         return
     whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     kept = [line for line in whole if json.loads(line)["step"] <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    with write_aside(path) as file:
+        file.write("".join(kept).encode())

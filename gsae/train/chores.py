@@ -1,25 +1,19 @@
 """What the training loop does every so many steps. In: a bank after a step. Out: metrics lines, resampled features, checkpoints, a stop.
 
-The order is fixed: log, resample, checkpoint, stop. All ranks of the group do a chore at the same step; the first rank writes.
+The order is fixed: log, resample, checkpoint, stop (stop.py). All ranks of the group do a chore at the same step; the first rank writes.
 """
 
 import json
 import math
-import os
-import signal
 import time
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import torch
-
+from gsae.config import TrainConfig
 from gsae.console import TrainingView
-from gsae.store.durable import write_json_atomically
 from gsae.store.runs import METRICS_FILE
 from gsae.train import resample
 from gsae.train.bank import Bank, Run, fresh_rows
-from gsae.train.checkpoint import save_run
+from gsae.train.checkpoint import save_runs
 from gsae.train.meter import Reading
 from gsae.train.schedule import event_steps, warmup_steps
 
@@ -27,14 +21,14 @@ UNHEALTHY_FRACTION = 0.05
 """Share of the run after which one with L0 under 1 or FVU over 1 is stopped."""
 
 
-def checkpoint_steps(bank: Bank) -> int:
+def checkpoint_interval(total_steps: int, config: TrainConfig) -> int:
     """Steps between two checkpoints."""
-    return max(1, math.ceil(bank.spec.total_steps * bank.config.checkpoint_every_fraction))
+    return max(1, math.ceil(total_steps * config.checkpoint_every_fraction))
 
 
 def is_checkpoint_due(bank: Bank) -> bool:
     """Whether the step just made ends with a checkpoint; the last one does."""
-    return bank.step % checkpoint_steps(bank) == 0 or bank.step == bank.spec.total_steps
+    return bank.step % checkpoint_interval(bank.spec.total_steps, bank.config) == 0 or bank.step == bank.spec.total_steps
 
 
 def write_metrics(bank: Bank, run: Run, kind: str, values: dict[str, Any]) -> None:
@@ -43,9 +37,6 @@ def write_metrics(bank: Bank, run: Run, kind: str, values: dict[str, Any]) -> No
         line = {"kind": kind, "step": bank.step, "rows": bank.rows, **values}
         with (run.directory / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
-            file.flush()
-            if is_checkpoint_due(bank):
-                os.fsync(file.fileno())
 
 
 class Log:
@@ -63,7 +54,7 @@ class Log:
         """Every `train.log_every_steps`, and before a checkpoint."""
         if self._step is None:
             self._step = bank.step - 1
-        return bank.step % bank.config.log_every_steps == 0 or is_checkpoint_due(bank) or bank.stopping
+        return bank.step % bank.config.log_every_steps == 0 or is_checkpoint_due(bank)
 
     def run(self, bank: Bank) -> None:
         """Write and show a line for each run that trains."""
@@ -147,7 +138,7 @@ class Log:
     def _stop(self, bank: Bank, run: Run, reason: str, dead_fraction: float, dead_rows: int) -> None:
         run.stopped = reason
         write_metrics(bank, run, "stopped", {"reason": reason, "dead_fraction": dead_fraction, "dead_rows": dead_rows})
-        save_run(bank, run)
+        save_runs(bank, [run])
         self._view.say(f"{run.spec.name} stopped at step {bank.step}: {reason}")
 
 
@@ -167,12 +158,12 @@ class Resample:
 
     def run(self, bank: Bank) -> None:
         """Each run that asks for resampling, one after another."""
-        for run in bank.active_runs:
+        for run in bank.unstopped_runs:
             if run.spec.resampling:
                 run.firing.synchronise(bank.group)
                 if bank.step in self._outcomes:
                     self._report_outcome(bank, run)
-                if bank.step in self._events:
+                if bank.step in self._events and run.is_active:
                     self._hold_event(bank, run, self._events.index(bank.step))
 
     def _report_outcome(self, bank: Bank, run: Run) -> None:
@@ -211,7 +202,7 @@ class Resample:
 
 
 class SaveCheckpoints:
-    """A checkpoint of every run that trains, or has just ended."""
+    """A checkpoint of every run that trains, or has just finished."""
 
     def is_due(self, bank: Bank) -> bool:
         """Every `train.checkpoint_every_fraction` of the run, and at its end."""
@@ -219,44 +210,4 @@ class SaveCheckpoints:
 
     def run(self, bank: Bank) -> None:
         """Write them."""
-        for run in bank.runs:
-            if run.stopped is None:
-                save_run(bank, run)
-
-
-class StopOnSignal:
-    """SIGTERM or SIGUSR1 on any rank: all ranks agree, checkpoint, and the first writes `stopped.json`.
-
-    The ranks ask each other about once a second. How many steps that is, they agree on too.
-    """
-
-    def __init__(self, log: Log, output: Path) -> None:
-        self._log = log
-        self._output = output
-        self._received: str | None = None
-        self._every_steps = 1
-        self._time = time.monotonic()
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = signal.Signals(number).name
-
-    def is_due(self, bank: Bank) -> bool:
-        """Every `_every_steps`."""
-        return bank.step % self._every_steps == 0
-
-    def run(self, bank: Bank) -> None:
-        """Stop if any rank was told to; adjust how often to ask."""
-        now = time.monotonic()
-        steps_a_second = int(self._every_steps / max(now - self._time, 1e-6))
-        self._time = now
-        asked, steps = bank.group.reduce(torch.tensor([int(self._received is not None), max(1, steps_a_second)]), "max").tolist()
-        self._every_steps = min(steps, 10 * self._every_steps)
-        if asked and bank.step < bank.spec.total_steps:
-            bank.stopping = True
-            self._log.run(bank)
-            for run in bank.active_runs:
-                save_run(bank, run)
-            if bank.group.is_first:
-                write_json_atomically(self._output / "stopped.json", {"signal": self._received, "site": bank.spec.site, "step": bank.step})
+        save_runs(bank, bank.unstopped_runs)

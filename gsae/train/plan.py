@@ -1,9 +1,9 @@
 """Which runs a config asks for. In: the config and what a store holds. Out: one bank of run specifications a site."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from gsae.config import Config, ObjectiveName, SweepConfig
 from gsae.errors import ConfigError
@@ -11,6 +11,7 @@ from gsae.llm.site import resolve_site
 from gsae.store.manifest import Manifest, fingerprint
 
 RUN_FORMAT = 1
+T = TypeVar("T")
 FREE_SETTINGS = (
     *("sweeps", "sites", "learning_rate", "learning_rates"),  # what they mean for a run stands in its RunSpec
     *("groups", "log_every_steps", "checkpoint_every_fraction", "keep_checkpoints", "verify_shards"),  # they do not change the weights
@@ -79,11 +80,11 @@ def plan_banks(config: Config, store: StoreOutline) -> list[BankSpec]:
         ConfigError: a site is not in the store, a sweep names no site of it, or two runs would share a name.
     """
     wanted = {_site_name(spec, store) for spec in config.train.sites} or set(store.layers)
-    rates = {_site_name(key, store): rate for key, rate in config.train.learning_rates.items()}
+    rates = _by_site(config.train.learning_rates, store, "train.learning_rates")
     total_steps = -(-config.train.total_rows // config.train.batch_rows)
     banks = []
     for site in sorted(wanted, key=lambda name: store.layers[name]):
-        rate = rates.get(site, config.train.learning_rate)
+        rate = rates.get(site, config.train.learning_rates.get("*", config.train.learning_rate))
         runs = [run for sweep in config.train.sweeps for run in _runs_of_sweep(config, sweep, site, store, rate)]
         _require_unique(runs)
         if runs:
@@ -104,15 +105,30 @@ def _site_name(spec: int | str, store: StoreOutline) -> str:
     return site.name
 
 
+def _by_site(values: Mapping[str | int, T], store: StoreOutline, setting: str) -> dict[str, T]:
+    """A mapping keyed by the sites' own names; `*` is left out."""
+    named: dict[str, T] = {}
+    for key, value in values.items():
+        if str(key) != "*":
+            name = _site_name(key, store)
+            if name in named:
+                raise ConfigError(f"{setting} names {name} twice, once as {key!r}; keep one")
+            named[name] = value
+    return named
+
+
 def _runs_of_sweep(config: Config, sweep: SweepConfig, site: str, store: StoreOutline, learning_rate: float) -> Iterator[RunSpec]:
-    own = {_site_name(key, store): values for key, values in sweep.lambdas.items() if str(key) != "*"}
+    own = _by_site(sweep.lambdas, store, "train.sweeps.lambdas")
     kind = f"{sweep.objective}-resampled" if sweep.resampling else sweep.objective
+    rate_of_its_own = "" if sweep.learning_rate is None else f"-r{sweep.learning_rate:g}"
     for expansion in sweep.expansions:
         num_features = round(expansion * store.d_model)
+        if num_features < 1:
+            raise ConfigError(f"train.sweeps: expansion {expansion} of d_model {store.d_model} gives no feature; give a larger one")
         for lambda_ in own.get(site, sweep.lambdas.get("*", [])):
             for seed in sweep.seeds:
                 yield RunSpec(
-                    name=f"{kind}-m{num_features}-l{lambda_:g}-s{seed}",
+                    name=f"{kind}-m{num_features}-l{lambda_:g}{rate_of_its_own}-s{seed}",
                     site=site,
                     layer=store.layers[site],
                     objective=sweep.objective,

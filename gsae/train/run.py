@@ -4,23 +4,23 @@ Groups take sites from a queue; all runs of a site train together from one strea
 ended, and does nothing where there is nothing left to do.
 """
 
-import time
 from functools import partial
 from pathlib import Path
 
 from gsae.config import Config
-from gsae.console import Console, TrainingView, open_console
+from gsae.console import Console, open_console
 from gsae.errors import CheckpointError, ConfigError
 from gsae.settings import dump_config
 from gsae.store import manifest as manifests
-from gsae.store.durable import require_writable, write_json_atomically
+from gsae.store.durable import make_directory, require_writable, write_json_atomically
 from gsae.store.manifest import Manifest
-from gsae.store.runs import RUN_FILE, find_difference, read_run
+from gsae.store.runs import RUN_FILE, STOPPED_FILE, find_difference, read_run
 from gsae.store.stream import Stream
-from gsae.train.bank import Bank, Chore, Run, make_run, train
-from gsae.train.checkpoint import find_resume_point, restore_run, truncate_metrics
-from gsae.train.chores import Log, Resample, SaveCheckpoints, StopOnSignal
+from gsae.train.bank import Bank, Run, make_run, train
+from gsae.train.checkpoint import ResumePoint, find_resume_point, restore_run, truncate_metrics
+from gsae.train.chores import Log, Resample, SaveCheckpoints, checkpoint_interval
 from gsae.train.plan import BankSpec, describe_run, outline, plan_banks
+from gsae.train.stop import StopOnRequest, StopRequest
 from gsae.world import Group, World, lanes_of
 
 
@@ -34,17 +34,22 @@ def run_train(config: Config, world: World) -> None:
     """
     console = open_console(world.is_first)
     output = Path(config.output)
-    with world.everyone.together():
-        manifest = manifests.load(Path(config.store_directory))
-        _check_store(config, manifest)
-        lanes_of(world.group, manifest.num_lanes)
-        banks = plan_banks(config, outline(manifest))
-    world.everyone.on_first(lambda: _prepare_directories(config, manifest, banks))
-    while (ticket := world.next_ticket("sites")) < len(banks):
-        if not _train_bank(config, manifest, banks[ticket], world, console):
-            console.say(f"stopped on request; the same command continues from here ({output / 'stopped.json'})")
-            return
-    console.say("training: all runs have ended")
+    with StopRequest(output).listening() as request:
+        with world.everyone.together():
+            manifest = manifests.load(Path(config.store_directory))
+            _check_store(config, manifest)
+            lanes_of(world.group, manifest.num_lanes)
+            banks = plan_banks(config, outline(manifest))
+        world.everyone.on_first(lambda: _prepare_directories(config, manifest, banks))
+        while (ticket := world.next_ticket("sites")) < len(banks):
+            has_ended = _train_bank(config, manifest, banks[ticket], world, console, request)
+            if has_ended and request.is_made(world.group)[0]:
+                has_ended = False
+                request.record(world.group, banks[ticket].site, banks[ticket].total_steps)
+            if not has_ended:
+                console.say(f"stopped on request; the same command continues from here ({output / STOPPED_FILE})")
+                return
+    console.say("training: no site is left")
 
 
 def _check_store(config: Config, manifest: Manifest) -> None:
@@ -58,73 +63,60 @@ def _prepare_directories(config: Config, manifest: Manifest, banks: list[BankSpe
     """Make the run directories, or refuse those that hold other runs, before anything is trained."""
     output = Path(config.output)
     require_writable(output, "output")
-    (output / "stopped.json").unlink(missing_ok=True)
-    for bank in banks:
-        for spec in bank.runs:
-            directory = output / bank.site / spec.name
-            wanted = describe_run(spec, bank, config, manifest)
-            if (directory / RUN_FILE).exists():
-                difference = find_difference(read_run(directory), wanted)
-                if difference:
-                    raise CheckpointError(
-                        f"run {directory} was trained with {difference}; give output another directory, or restore the setting"
-                    )
-            else:
-                directory.mkdir(parents=True, exist_ok=True)
-                (directory / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-                write_json_atomically(directory / RUN_FILE, wanted)
+    wanted = {output / bank.site / spec.name: describe_run(spec, bank, config, manifest) for bank in banks for spec in bank.runs}
+    new = {directory: run for directory, run in wanted.items() if not (directory / RUN_FILE).exists()}
+    for directory, run in wanted.items():
+        difference = None if directory in new else find_difference(read_run(directory), run)
+        if difference:
+            raise CheckpointError(f"run {directory} was trained with {difference}; give output another directory, or restore the setting")
+    for directory, run in new.items():
+        make_directory(directory)
+        (directory / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        write_json_atomically(directory / RUN_FILE, run)
+    (output / STOPPED_FILE).unlink(missing_ok=True)
 
 
-def _train_bank(config: Config, manifest: Manifest, spec: BankSpec, world: World, console: Console) -> bool:
-    """Train the runs of one site to their end; False when a signal ended it before."""
-    group, output = world.group, Path(config.output)
-    open_stream = partial(
-        Stream,
-        Path(config.store_directory),
-        spec.site,
-        lanes_of(group, manifest.num_lanes),
-        batch_rows=spec.batch_rows,
-        window_rows=config.train.window_rows,
-        seed=config.train.seed,
-        verify_shards=config.train.verify_shards,
-    )
-    site = manifest.sites[spec.site]
-    runs = [make_run(run, output / spec.site / run.name, config.train, site, group) for run in spec.runs]
-    step = _resume(runs, group)
-    if not any(run.is_active for run in runs):
+def _train_bank(config: Config, manifest: Manifest, spec: BankSpec, world: World, console: Console, request: StopRequest) -> bool:
+    """Train the runs of one site to their end; False when a request stopped it before."""
+    group, site = world.group, manifest.sites[spec.site]
+    directories = {run.name: Path(config.output) / spec.site / run.name for run in spec.runs}
+    interval = checkpoint_interval(spec.total_steps, config.train)
+    point = group.on_first(lambda: find_resume_point(directories, interval))
+    if not point.sources:
         if group.is_first:
-            console.write(f"{spec.site}: all {len(runs)} runs have ended before")
+            console.write(f"{spec.site}: all {len(spec.runs)} runs have ended before")
         return True
+    with group.together():
+        runs = [make_run(run, directories[run.name], config.train, site, group) for run in spec.runs if run.name in point.sources]
+        _resume(runs, point, group)
+        open_stream = partial(
+            Stream,
+            Path(config.store_directory),
+            spec.site,
+            lanes_of(group, manifest.num_lanes),
+            batch_rows=spec.batch_rows,
+            window_rows=config.train.window_rows,
+            seed=config.train.seed,
+            verify_shards=config.train.verify_shards,
+        )
+        stream = open_stream()
     variance = 1.0 if config.train.scale_activations else site.scale**-2
-    with (
-        open_stream() as stream,
-        console.training(spec.site, [run.name for run in spec.runs], spec.total_rows, group.is_first, world.num_groups) as view,
-    ):
-        bank = Bank(spec, config.train, group, open_stream, stream, runs, variance, step)
+    names = [run.spec.name for run in runs]
+    with stream, console.training(spec.site, names, spec.total_rows, group.is_first, world.num_groups) as view:
+        bank = Bank(spec, config.train, group, open_stream, stream, runs, variance, point.step)
         stream.seek(bank.rows)
-        if step:
-            view.say(f"continues at step {step} of {spec.total_steps}")
-        started = time.monotonic()
-        train(bank, _chores(bank, view, output))
-        if not bank.stopping:
-            view.say(f"{len(runs)} runs of {spec.total_rows} rows, {time.monotonic() - started:.0f} s")
+        if point.step:
+            view.say(f"continues at step {point.step} of {spec.total_steps}")
+        log = Log(view)
+        train(bank, [log, Resample(bank, view), SaveCheckpoints(), StopOnRequest(request, log)])
     return not bank.stopping
 
 
-def _chores(bank: Bank, view: TrainingView, output: Path) -> list[Chore]:
-    log = Log(view)
-    return [log, Resample(bank, view), SaveCheckpoints(), StopOnSignal(log, output)]
-
-
-def _resume(runs: list[Run], group: Group) -> int:
-    """Bring all runs to the newest step that all unfinished ones have whole; the step."""
-    directories = {run.spec.name: run.directory for run in runs}
-    point = group.on_first(lambda: find_resume_point(directories))
-    with group.together():
-        for run in runs:
-            source = point.sources[run.spec.name]
-            if source is not None:
-                restore_run(run, source)
-            if group.is_first and run.is_active:
-                truncate_metrics(run.directory, point.step)
-    return point.step
+def _resume(runs: list[Run], point: ResumePoint, group: Group) -> None:
+    """Bring all runs to the resume point."""
+    for run in runs:
+        source = point.sources[run.spec.name]
+        if source is not None:
+            restore_run(run, source)
+        if group.is_first:
+            truncate_metrics(run.directory, point.step)

@@ -49,7 +49,7 @@ def recovery_multiplier(step: int, event_step: int | None, total_steps: int, con
         config: the resampling settings.
     """
     recovery_steps = min(config.recovery_steps, round(_RECOVERY_FRACTION * total_steps))
-    if event_step is None or step - event_step >= recovery_steps:
+    if event_step is None or not 0 <= step - event_step < recovery_steps:
         return 1.0
     returned = (1 - math.cos(math.pi * (step - event_step) / recovery_steps)) / 2
     return config.learning_rate_factor + (1 - config.learning_rate_factor) * returned
