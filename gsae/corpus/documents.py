@@ -108,7 +108,12 @@ def corpus_identity(config: CorpusConfig) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(config).items() if name != "path"}
     files = [(file.name, file.path.stat().st_size) for file in find_files(config)]
     names_and_sizes = hashlib.sha256("".join(f"{name}\0{size}\n" for name, size in files).encode()).hexdigest()
-    described = {"number": len(files), "bytes": sum(size for _, size in files), "names_and_sizes_sha256": names_and_sizes}
+    described = {
+        "first": files[0][0],
+        "number": len(files),
+        "bytes": sum(size for _, size in files),
+        "names_and_sizes_sha256": names_and_sizes,
+    }
     return {"text_version": _TEXT_VERSION, **settings, "files": described}
 
 

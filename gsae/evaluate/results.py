@@ -27,7 +27,7 @@ from gsae.evaluate.sums import RunSums, SiteSums, definitions
 from gsae.llm.load import LLMInfo
 from gsae.sae.formats import DESCRIPTION_FILE
 from gsae.store.durable import write_aside, write_json_atomically
-from gsae.store.manifest import Manifest, fingerprint
+from gsae.store.manifest import Manifest
 from gsae.store.runs import RESULTS_FILE, find_runs, newest_checkpoint, read_metrics, read_run
 
 RESULTS_FORMAT = 1
@@ -80,12 +80,11 @@ class Evidence:
 
 def evaluation_identity(config: Config, manifest: Manifest, info: LLMInfo) -> dict[str, Any]:
     """What the numbers depend on beside a run's weights: plain JSON values without absolute paths."""
-    text = corpus_identity(config.corpus)
     identity = {
         "llm": info.identity,
         "dtype": config.llm.dtype,
         "attention": config.llm.attention,
-        "text": {**text, "files": fingerprint({"files": text["files"]})},
+        "text": corpus_identity(config.corpus),
         "context_length": manifest.context_length,
         "evaluate": asdict(config.evaluate),
         "store_fingerprint": manifest.fingerprint,

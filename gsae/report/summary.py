@@ -144,9 +144,9 @@ def _model_name(model: Any) -> str:
 def _text_name(text: Any) -> str:
     if not isinstance(text, Mapping) or not {"format", "files"} <= text.keys():
         return "not recorded"
-    files = [str(file["name"]) for file in text["files"]]
-    rest = f" and {len(files) - 3} more files" if len(files) > 3 else ""
-    return f"{text['format']}: {', '.join(files[:3])}{rest}"
+    files = text["files"]
+    rest = f" and {count(files['number'] - 1)} more files" if files["number"] > 1 else ""
+    return f"{text['format']}: {files['first']}{rest}"
 
 
 def _flat(tree: Any, name: str = "") -> Iterable[tuple[str, str]]:

@@ -168,6 +168,7 @@ def test_pieces_rejoin_to_the_document_up_to_whitespace(text, limit):
             text = text[text.index(piece) :]
             gap = text[len(piece) : text.index(following, len(piece))]
             assert len(piece + gap + following.split()[0]) > limit  # the next word would not have fitted
+            text = text[len(piece) :]
 
 
 def test_pieces_are_numbered_in_their_document_and_filtered_on_request(write):

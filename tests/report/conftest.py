@@ -183,7 +183,7 @@ class FakeRun:
                 "dtype": "bfloat16",
                 "text": {
                     "format": "mediawiki",
-                    "files": [{"name": "enwiki-pages-articles1.xml.bz2", "bytes": 15_000_000}],
+                    "files": {"first": "enwiki-pages-articles1.xml.bz2", "number": 1, "bytes": 15_000_000},
                     "held_out_fraction": 0.2,
                 },
                 "checkpoint": {"step": self.last_step, "sae_sha256": f"{self.lambda_}"},

@@ -42,14 +42,12 @@ def test_runs_evaluated_on_other_text_are_a_setting_of_their_own(tmp_path, fake_
     assert len(evaluations(read_runs([tmp_path]))) == 2
 
 
-def test_of_many_files_the_first_are_named_and_the_rest_counted(runs):
-    identity = {"llm": {"name": "random"}, "text": {"format": "text", "files": [{"name": f"{i}.txt", "bytes": 3} for i in range(12)]}}
+def test_of_many_files_the_first_is_named_and_the_rest_counted(runs):
+    identity = {"llm": {"name": "random"}, "text": {"format": "text", "files": {"first": "0.txt", "number": 12, "bytes": 36}}}
     (evaluation,) = evaluations([replace(runs[1], results=replace(runs[1].results, identity=identity))])
-    assert [fact.text for fact in evaluation.facts[:2]] == ["a random Llama", "text: 0.txt, 1.txt, 2.txt and 9 more files"]
+    assert [fact.text for fact in evaluation.facts[:2]] == ["a random Llama", "text: 0.txt and 11 more files"]
     settings = {fact.term: fact.text for fact in evaluation.settings}
-    assert settings["text.files.9.name"] == "9.txt"
-    assert settings["text.files.10"] == "and 2 more"
-    assert "text.files.10.name" not in settings
+    assert settings["text.files.number"] == "12"
 
 
 def test_a_site_s_cross_entropies_stand_once_unless_they_differ(runs):
