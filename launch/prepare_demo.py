@@ -5,7 +5,6 @@ The LLM comes as a GGUF file; it is dequantised and saved once as an ordinary di
 
 import argparse
 import importlib.util
-import logging
 import os
 import shutil
 import sys
@@ -39,7 +38,7 @@ def prepare_model(assets: Path) -> None:
     if target.exists():
         return
     os.environ["TQDM_DISABLE"] = "1"
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    os.environ["DS_ACCELERATOR"] = "cpu"  # transformers imports deepspeed when it saves, which otherwise warns that there is no GPU
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging as transformers_logging

@@ -41,7 +41,7 @@ def real(tmp_path_factory) -> Path:
         "batch_rows": 256,
         "sweeps": [{"objective": "gated", "expansions": [1], "lambdas": {"*": [0.1]}}],
     }
-    settings["evaluate"] |= {"max_tokens": 1024, "batch_contexts": 4}
+    settings["evaluate"] |= {"max_tokens": 2560, "batch_contexts": 4}
     config = write_config(folder / "config.yaml", settings)
     run_gsae(2, ["harvest", config])
     run_gsae(1, ["train", config])

@@ -188,6 +188,29 @@ def test_float32_ends_within_one_percent_on_two_ranks(trained, tmp_path):
         assert two["l0"] == pytest.approx(one["l0"], rel=0.01)
 
 
+def test_the_outcome_of_an_event_in_mid_run_is_reported_at_the_end(trained, tmp_path):
+    sweeps = [{"objective": "relu", "expansions": [8], "lambdas": {"1": [0.9]}, "resampling": True, "learning_rate": 0.1}]
+    resampling = {"event_fractions": [0.5], "min_interval_rows": 1000, "dead_after_rows": 500}
+    run_gsae(1, ["train", again(trained, tmp_path, sweeps=sweeps, resampling=resampling)])
+    (metrics,) = lines(tmp_path / "runs").values()
+    (event,) = [line for line in metrics if line["kind"] == "resampling"]
+    (outcome,) = [line for line in metrics if line["kind"] == "resampling_outcome"]
+    assert (event["step"], outcome["step"], outcome["event_step"]) == (100, 200, 100)
+    assert 0 <= outcome["alive"] <= outcome["resampled"] == event["resampled"] > 0
+
+
+def test_a_lambda_added_to_a_finished_training_is_trained_alone(trained, tmp_path):
+    sweeps = [{"objective": "relu", "expansions": [2], "lambdas": {"1": [0.1]}}]
+    run_gsae(1, ["train", again(trained, tmp_path, sweeps=sweeps)])
+    first = final_states(tmp_path / "runs")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}
+    sweeps[0]["lambdas"]["1"].append(0.2)
+    run_gsae(1, ["train", again(trained, tmp_path, sweeps=sweeps)])
+    assert len(final_states(tmp_path / "runs")) == 2
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert first.keys() < final_states(tmp_path / "runs").keys()
+
+
 @pytest.mark.parametrize("objective", ["relu", "gated", "gated-no-aux"])
 def test_decoder_rows_end_at_norm_1(trained, tmp_path, objective):
     sweeps = [{"objective": objective, "expansions": [2], "lambdas": {"1": [0.05]}, "resampling": True}]
