@@ -197,6 +197,7 @@ def test_the_outcome_of_an_event_in_mid_run_is_reported_at_the_end(trained, tmp_
     (outcome,) = [line for line in metrics if line["kind"] == "resampling_outcome"]
     assert (event["step"], outcome["step"], outcome["event_step"]) == (100, 200, 100)
     assert 0 <= outcome["alive"] <= outcome["resampled"] == event["resampled"] > 0
+    assert outcome["interval_rows"] == 100 * 64  # counted anew from the event
 
 
 def test_a_lambda_added_to_a_finished_training_is_trained_alone(trained, tmp_path):
