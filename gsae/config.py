@@ -12,7 +12,6 @@ from gsae.errors import ConfigError
 
 ObjectiveName = Literal["relu", "gated", "gated-no-aux", "gated-norm-weighted"]
 ScheduleName = Literal["constant", "linear", "cosine", "cosine-restarts"]
-DTypeName = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 def _require(condition: bool, message: str) -> None:

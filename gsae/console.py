@@ -1,7 +1,7 @@
 """What a person sees while a stage works. In: lines, progress and runs' numbers. Out: a live view on a terminal, plain lines elsewhere.
 
 Nothing is set up at import, and rich is imported only when something is first shown on a terminal. Ranks other than the
-first are silent, except about their own failure.
+first are silent.
 """
 
 import math
@@ -65,11 +65,6 @@ class Console:
         """One line about something that does not stop the work but should be known."""
         if self._is_first_rank:
             self.write(f"warning: {text}", style="yellow")
-
-    def fail(self, text: str) -> None:
-        """One line on stderr about what stopped the work. Any rank may say it: a failure of one rank alone must not be lost."""
-        sys.stderr.write(f"gsae: {' '.join(text.split())}\n")
-        sys.stderr.flush()
 
     @contextmanager
     def training(

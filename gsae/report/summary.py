@@ -11,8 +11,6 @@ from gsae.report.runs import Results, Run
 FEW_DOCUMENTS = 30
 """Below so many documents an interval over documents speaks for these documents only."""
 
-_MAX_LISTED = 10
-"""Items of a list of objects that are spelt out, such as the corpus's files."""
 _TITLES = {
     "l0": "L0",
     "l0_median": "L0 median",
@@ -154,11 +152,6 @@ def _flat(tree: Any, name: str = "") -> Iterable[tuple[str, str]]:
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             yield from _flat(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(tree, list) and any(isinstance(item, Mapping) for item in tree):
-        for index, value in enumerate(tree[:_MAX_LISTED]):
-            yield from _flat(value, f"{name}.{index}")
-        if len(tree) > _MAX_LISTED:
-            yield f"{name}.{_MAX_LISTED}", f"and {len(tree) - _MAX_LISTED} more"
     else:
         yield name, str(tree)
 
