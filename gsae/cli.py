@@ -7,6 +7,7 @@ on request, 2 the user's mistake (one line on stderr), 1 a bug (a traceback), 13
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +19,7 @@ from gsae.settings import config_parser, read_config
 
 USERS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 """What the system says when a disk is full or a file may not be touched."""
+SPEAKING_SECONDS = 5
 STAGES = {
     "harvest": "run the LLM over the training text and store its activations",
     "train": "train the SAEs of a store's sites",
@@ -52,6 +54,10 @@ def _complain(message: str, spoken_by: int | None) -> None:
     if spoken_by in (None, rank):
         where = f"rank {rank}: " if rank else ""
         sys.stderr.write(f"gsae: {where}{' '.join(message.split())}\n")
+        sys.stderr.flush()
+    else:
+        # The launcher ends all ranks when the first one exits: that must be the one that speaks.
+        time.sleep(SPEAKING_SECONDS)
 
 
 def _dispatch(words: list[str]) -> int:

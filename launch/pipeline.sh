@@ -34,8 +34,10 @@ run_stage() {
   if [ "$ranks" -eq 1 ]; then
     "$python" -m gsae "$stage" "$config" "$@"
   else
-    "$python" -m accelerate.commands.launch --config_file "$accelerate_config" --num_processes "$ranks" --main_process_port 0 \
-      -m gsae "$stage" "$config" "$@"
+    # Launchers turn a rank's exit code 2 into 1 and add a traceback of their own; after our line, that says nothing.
+    { "$python" -m accelerate.commands.launch --config_file "$accelerate_config" --num_processes "$ranks" --main_process_port 0 \
+      -m gsae "$stage" "$config" "$@" 2>&1 1>&3 3>&- |
+      awk '/^gsae: / { print; said = 1 } !said { print } { fflush() } END { exit said ? 2 : 0 }' >&2; } 3>&1
   fi
 }
 

@@ -88,10 +88,10 @@ def test_a_mistake_under_accelerate_is_one_line_of_ours(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
     done = pipeline(config, "2", check=False)
-    assert done.returncode != 0
-    ours = [line for line in done.stderr.splitlines() if line.startswith("gsae: ")]
-    assert len(ours) == 1
-    assert "site 7 is not in this LLM of 2 layers" in ours[0]
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("gsae: site 7 is not in this LLM of 2 layers")
+    assert done.stdout == ""
     assert not (tmp_path / "runs").exists()
 
 
