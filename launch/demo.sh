@@ -22,6 +22,9 @@ done
 
 bash launch/setup.sh
 .venv/bin/python launch/prepare_demo.py runs/assets
-# Two ranks of one thread read the LLM faster than one rank of two threads; the runs of a site train together in one process.
-ranks=$(($(nproc) > 1 ? 2 : 1))
+# On CPUs two ranks of one thread read the LLM faster than one rank of two threads; the runs of a site train together in one process.
+ranks=1
+if [ ! -e /dev/nvidiactl ] && [ "$(nproc)" -gt 1 ]; then
+  ranks=2
+fi
 TRAIN_RANKS=1 bash launch/pipeline.sh configs/demo.yaml "$ranks" "${options[@]}"
