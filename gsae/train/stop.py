@@ -42,8 +42,9 @@ class StopRequest:
 
     def is_made(self, group: Group, steps_a_second: int = 1) -> tuple[bool, int]:
         """Whether any rank of the group was told to stop, and the largest `steps_a_second`. A collective."""
-        self._received, steps = group.reduce(torch.tensor([self._received, steps_a_second]), "max").tolist()
-        return self._received > 0, steps
+        received, steps = group.reduce(torch.tensor([self._received, steps_a_second]), "max").tolist()
+        self._received = max(self._received, received)  # a signal may have come while the ranks talked: the next question finds it
+        return received > 0, steps
 
     def record(self, group: Group, site: str | None, step: int) -> None:
         """Write `stopped.json`; groups that stop at once write the same file, and the last one stays."""
