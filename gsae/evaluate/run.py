@@ -24,7 +24,7 @@ from gsae.evaluate.splice import EvaluationBatch
 from gsae.evaluate.sums import RunSums, SiteSums, Sums
 from gsae.llm.load import LLM, LLMInfo, describe, load
 from gsae.llm.site import Site, Tail
-from gsae.sae.formats import load_sae
+from gsae.sae.formats import read_sae
 from gsae.store.manifest import Manifest
 from gsae.store.manifest import load as load_manifest
 from gsae.store.runs import STOPPED_FILE
@@ -145,7 +145,7 @@ def _load_sites(plan: Plan, llm: LLM, device: torch.device) -> list[SplicedSite]
     sites = []
     for name, described in plan.manifest.sites.items():
         runs = tuple(
-            SplicedRun(run.name, load_sae(run.checkpoint).sae.to(device).requires_grad_(False), run.description["scale"])
+            SplicedRun(run.name, read_sae(run.checkpoint).sae.to(device).requires_grad_(False), run.description["scale"])
             for run in plan.pending
             if run.description["site"] == name
         )

@@ -45,7 +45,7 @@ def save_sae(directory: Path, sae: SAE, description: dict[str, Any]) -> None:
     (directory / DESCRIPTION_FILE).write_text(json.dumps({**description, **own}, indent=1) + "\n", encoding="utf-8")
 
 
-def load_sae(directory: Path) -> SavedSAE:
+def read_sae(directory: Path) -> SavedSAE:
     """Read an SAE onto the CPU.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from gsae.errors import CheckpointError
-from gsae.sae.formats import load_sae, save_sae
+from gsae.sae.formats import read_sae, save_sae
 from gsae.store.durable import fsync_file, write_aside
 from gsae.store.runs import METRICS_FILE, checkpoints, prune_checkpoints, read_run, remove_checkpoint, require_whole, write_checkpoint
 from gsae.train.bank import Bank, Run
@@ -105,7 +105,7 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
 
 def restore_run(run: Run, checkpoint: Path) -> None:
     """Take over a checkpoint's state. Every rank calls this."""
-    saved = load_sae(checkpoint)
+    saved = read_sae(checkpoint)
     run.sae.load_state_dict(saved.sae.state_dict())
     tensors = load_file(checkpoint / STATE_TENSORS_FILE)
     run.optimizer.load_state_tensors(_below("optimizer.", tensors))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gsae.errors import CheckpointError
-from gsae.sae.formats import fold_scale, load_sae, save_sae
+from gsae.sae.formats import fold_scale, read_sae, save_sae
 from gsae.sae.objective import SAE_CLASS, build
 
 DESCRIPTION = {"objective": "gated", "site": "resid.2", "scale": 0.125}
@@ -25,7 +25,7 @@ def random_sae(name, dtype=torch.float64):
 def test_what_is_saved_is_loaded(tmp_path, name, dtype):
     sae = random_sae(name, dtype)
     save_sae(tmp_path / "new" / "directory", sae, {**DESCRIPTION, "objective": name})
-    loaded, description = load_sae(tmp_path / "new" / "directory")
+    loaded, description = read_sae(tmp_path / "new" / "directory")
     assert type(loaded) is type(sae)
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in sae.state_dict().items())
     assert loaded.b_dec.dtype == dtype
@@ -43,21 +43,21 @@ def test_a_flipped_byte_is_found(saved):
     data[-5] ^= 1
     (saved / "sae.safetensors").write_bytes(data)
     with pytest.raises(CheckpointError, match="SHA-256 differs"):
-        load_sae(saved)
+        read_sae(saved)
 
 
 @pytest.mark.parametrize("name", ["sae.safetensors", "sae.json"])
 def test_a_missing_file_is_named(saved, name):
     (saved / name).unlink()
     with pytest.raises(CheckpointError, match=f"{name}: No such file"):
-        load_sae(saved)
+        read_sae(saved)
 
 
 def test_a_cut_description_is_refused(saved):
     text = (saved / "sae.json").read_text()
     (saved / "sae.json").write_text(text[: len(text) // 2])
     with pytest.raises(CheckpointError, match="not JSON"):
-        load_sae(saved)
+        read_sae(saved)
 
 
 @pytest.mark.parametrize(
@@ -73,14 +73,14 @@ def test_another_description_is_refused(saved, change, message):
     path = saved / "sae.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=message):
-        load_sae(saved)
+        read_sae(saved)
 
 
 @pytest.mark.parametrize(("text", "message"), [("[1]", "not a JSON object"), ('{"format": 1}', "has no 'objective'")])
 def test_a_description_without_the_needed_keys_is_refused(saved, text, message):
     (saved / "sae.json").write_text(text)
     with pytest.raises(CheckpointError, match=message):
-        load_sae(saved)
+        read_sae(saved)
 
 
 @pytest.mark.parametrize("name", SAE_CLASS)
