@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -160,6 +160,12 @@ class World:
         store.add(f"gsae/{name}", 1)
         while store.add(f"gsae/{name}", 0) < self.everyone.size:
             time.sleep(0.2)
+
+
+def without_sum(module: nn.Module) -> AbstractContextManager[None]:
+    """A block in which backward passes of a wrapped module keep their gradients on this rank; the next one outside sums all of them."""
+    assert isinstance(module, nn.parallel.DistributedDataParallel)
+    return module.no_sync()
 
 
 def _choose_device(wanted: str, local_rank: int) -> torch.device:

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gsae.sae.dictionary import Dictionary, encoder_weight
+
 
 @dataclass(frozen=True, eq=False)
 class PreActivations:
@@ -20,7 +22,7 @@ class PreActivations:
     """How strongly, where it is on."""
 
 
-class GatedSAE(nn.Module):
+class GatedSAE(Dictionary):
     """Gated sparse autoencoder with tied gate and magnitude weights (Rajamanoharan et al. 2024, arXiv 2404.16014, eq. 6 and 7).
 
     a       = (x - b_dec) W_gate
@@ -31,31 +33,23 @@ class GatedSAE(nn.Module):
     """
 
     FEATURE_AXIS: ClassVar[Mapping[str, int]] = MappingProxyType({"W_gate": 1, "r_mag": 0, "b_mag": 0, "b_gate": 0, "W_dec": 0})
-    """The axis along which a parameter has one slice a feature; b_dec has none."""
 
     def __init__(self, d_model: int, num_features: int, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.W_gate = nn.Parameter(torch.zeros(d_model, num_features, dtype=dtype))
+        super().__init__(d_model, num_features, dtype)
+        self.W_gate = encoder_weight(d_model, num_features, dtype)
         self.r_mag = nn.Parameter(torch.zeros(num_features, dtype=dtype))
         self.b_mag = nn.Parameter(torch.zeros(num_features, dtype=dtype))
         self.b_gate = nn.Parameter(torch.zeros(num_features, dtype=dtype))
-        self.W_dec = nn.Parameter(torch.zeros(num_features, d_model, dtype=dtype))
-        self.b_dec = nn.Parameter(torch.zeros(d_model, dtype=dtype))
-
-    @property
-    def d_model(self) -> int:
-        """Width of an activation."""
-        return self.W_dec.shape[1]
-
-    @property
-    def num_features(self) -> int:
-        """Number of features."""
-        return self.W_dec.shape[0]
 
     @property
     def encoder(self) -> Float[Tensor, "d_model features"]:
         """The encoder's directions, one a column."""
         return self.W_gate
+
+    @property
+    def gate_bias(self) -> Float[Tensor, " features"]:
+        """b_gate."""
+        return self.b_gate
 
     def pre_activations(self, x: Float[Tensor, "rows d_model"]) -> PreActivations:
         """Gate and magnitude before their nonlinearities, from one product.
@@ -73,14 +67,6 @@ class GatedSAE(nn.Module):
         """Features of each row."""
         return self.features(self.pre_activations(x))
 
-    def decode(self, f: Float[Tensor, "rows features"]) -> Float[Tensor, "rows d_model"]:
-        """The reconstruction x_hat."""
-        return torch.addmm(self.b_dec, f, self.W_dec)
-
-    def forward(self, x: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_model"]:
-        """The reconstruction x_hat of each row."""
-        return self.decode(self.encode(x))
-
     @torch.no_grad()
     def replace_features(
         self,
@@ -90,8 +76,6 @@ class GatedSAE(nn.Module):
         gate_bias: Float[Tensor, " new"],
     ) -> None:
         """Give `features` new encoder directions, decoder rows and gate biases; their magnitudes start from exp(0) and 0."""
-        self.W_gate[:, features] = encoder.T
-        self.W_dec[features] = directions
-        self.b_gate[features] = gate_bias
+        super().replace_features(features, encoder, directions, gate_bias)
         self.r_mag[features] = 0
         self.b_mag[features] = 0

@@ -1,7 +1,8 @@
 """Training objectives. In: an SAE and rows of scaled activations. Out: each loss term apart, and what the rows did to the features.
 
 Dense reference: sums over d_model and features, means over rows. A gated step costs seven rows x d_model x features products:
-one encode, two decodes, and in the backward pass two to the features, one to W_dec, one to W_gate.
+one encode, two decodes, and in the backward pass two to the features, one to W_dec, one to W_gate. sparse.py computes the same
+from the features that are on.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gsae.config import ObjectiveName
@@ -53,10 +54,10 @@ class Forward:
     losses: Losses
     x_hat: Float[Tensor, "rows d_model"]
     """Reconstructions."""
-    f: Float[Tensor, "rows features"]
-    """Features."""
-    gate_open: Bool[Tensor, "rows features"]
-    """Where pi_gate > 0; for `relu`, where f > 0."""
+    fired: Int[Tensor, " features"]
+    """Rows at which each feature is on, f > 0."""
+    opened: Int[Tensor, " features"]
+    """Rows at which each gate is open, pi_gate > 0; for `relu`, the same as `fired`."""
 
 
 Objective = Callable[[Any, Tensor], Forward]
@@ -88,7 +89,8 @@ def relu(sae: ReluSAE, x: Float[Tensor, "rows d_model"]) -> Forward:
     f = sae.encode(x)
     x_hat = sae.decode(f)
     losses = Losses(_squared_error(x_hat, x), _l1(f), x.new_zeros(()))
-    return Forward(losses, x_hat.detach(), f.detach(), f.detach() > 0)
+    fired = _rows_above_zero(f)
+    return Forward(losses, x_hat.detach(), fired, fired)
 
 
 def gated(sae: GatedSAE, x: Float[Tensor, "rows d_model"]) -> Forward:
@@ -123,7 +125,7 @@ def gated_norm_weighted(sae: GatedSAE, x: Float[Tensor, "rows d_model"]) -> Forw
 def _forward(sae: GatedSAE, x: Tensor, pi_gate: Tensor, f: Tensor, sparsity: Tensor, auxiliary: Tensor) -> Forward:
     x_hat = sae.decode(f)
     losses = Losses(_squared_error(x_hat, x), sparsity, auxiliary)
-    return Forward(losses, x_hat.detach(), f.detach(), pi_gate.detach() > 0)
+    return Forward(losses, x_hat.detach(), _rows_above_zero(f), _rows_above_zero(pi_gate))
 
 
 def _squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
@@ -134,6 +136,11 @@ def _squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
 def _l1(f: Tensor) -> Tensor:
     """Mean over rows of the sum of features, which are at least 0."""
     return f.sum(dim=1).mean()
+
+
+def _rows_above_zero(values: Tensor) -> Tensor:
+    """Rows at which each feature's value is positive."""
+    return (values.detach() > 0).sum(dim=0)
 
 
 _OBJECTIVES: dict[ObjectiveName, Objective] = {

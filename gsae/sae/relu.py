@@ -5,11 +5,13 @@ from types import MappingProxyType
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from gsae.sae.dictionary import Dictionary, encoder_weight
 
-class ReluSAE(nn.Module):
+
+class ReluSAE(Dictionary):
     """Sparse autoencoder with a ReLU encoder (Bricken et al. 2023).
 
     f     = relu((x - b_dec) W_enc + b_enc)
@@ -17,29 +19,21 @@ class ReluSAE(nn.Module):
     """
 
     FEATURE_AXIS: ClassVar[Mapping[str, int]] = MappingProxyType({"W_enc": 1, "b_enc": 0, "W_dec": 0})
-    """The axis along which a parameter has one slice a feature; b_dec has none."""
 
     def __init__(self, d_model: int, num_features: int, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.W_enc = nn.Parameter(torch.zeros(d_model, num_features, dtype=dtype))
+        super().__init__(d_model, num_features, dtype)
+        self.W_enc = encoder_weight(d_model, num_features, dtype)
         self.b_enc = nn.Parameter(torch.zeros(num_features, dtype=dtype))
-        self.W_dec = nn.Parameter(torch.zeros(num_features, d_model, dtype=dtype))
-        self.b_dec = nn.Parameter(torch.zeros(d_model, dtype=dtype))
-
-    @property
-    def d_model(self) -> int:
-        """Width of an activation."""
-        return self.W_dec.shape[1]
-
-    @property
-    def num_features(self) -> int:
-        """Number of features."""
-        return self.W_dec.shape[0]
 
     @property
     def encoder(self) -> Float[Tensor, "d_model features"]:
         """The encoder's directions, one a column."""
         return self.W_enc
+
+    @property
+    def gate_bias(self) -> Float[Tensor, " features"]:
+        """b_enc."""
+        return self.b_enc
 
     def encode(self, x: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows features"]:
         """Features of each row.
@@ -47,24 +41,3 @@ class ReluSAE(nn.Module):
         b_dec is subtracted after the product, as a vector: autograd then needs no rows x d_model x features product for it.
         """
         return torch.relu(torch.addmm(self.b_enc - self.b_dec @ self.W_enc, x, self.W_enc))
-
-    def decode(self, f: Float[Tensor, "rows features"]) -> Float[Tensor, "rows d_model"]:
-        """The reconstruction x_hat."""
-        return torch.addmm(self.b_dec, f, self.W_dec)
-
-    def forward(self, x: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_model"]:
-        """The reconstruction x_hat of each row."""
-        return self.decode(self.encode(x))
-
-    @torch.no_grad()
-    def replace_features(
-        self,
-        features: Int[Tensor, " new"],
-        encoder: Float[Tensor, "new d_model"],
-        directions: Float[Tensor, "new d_model"],
-        gate_bias: Float[Tensor, " new"],
-    ) -> None:
-        """Give `features` new encoder directions, decoder rows and thresholds."""
-        self.W_enc[:, features] = encoder.T
-        self.W_dec[features] = directions
-        self.b_enc[features] = gate_bias

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gsae.config import TrainConfig
-from gsae.sae.objective import SAE, UNIT_NORM, Forward, build, objective
+from gsae.sae.objective import SAE, UNIT_NORM, build
 from gsae.store.manifest import SiteManifest
 from gsae.store.stream import Batch, Stream
 from gsae.train.firing import FiringCounter
@@ -21,29 +21,8 @@ from gsae.train.meter import Meter
 from gsae.train.optim import SAEOptimizer
 from gsae.train.plan import BankSpec, RunSpec
 from gsae.train.schedule import lambda_multiplier, learning_rate_multiplier, recovery_multiplier
+from gsae.train.step import TrainingModule, update
 from gsae.world import Group
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """What a run's forward pass gives; only `total` carries a gradient."""
-
-    total: Float[Tensor, ""]
-    forward: Forward
-
-
-class TrainingModule(nn.Module):
-    """An SAE with its loss inside `forward`, so that DDP sees the whole step."""
-
-    def __init__(self, sae: SAE, spec: RunSpec) -> None:
-        super().__init__()
-        self.sae = sae
-        self._objective = objective(spec.objective)
-
-    def forward(self, x: Float[Tensor, "rows d_model"], lambda_: float) -> StepOutput:
-        """The loss on scaled rows."""
-        result = self._objective(self.sae, x)
-        return StepOutput(result.losses.total(lambda_), result)
 
 
 @dataclass
@@ -53,8 +32,10 @@ class Run:
     spec: RunSpec
     directory: Path
     sae: SAE
+    training: TrainingModule
+    """The SAE with its loss."""
     module: nn.Module
-    """The training module under DDP."""
+    """The same under DDP."""
     optimizer: SAEOptimizer
     firing: FiringCounter
     meter: Meter
@@ -68,6 +49,8 @@ class Run:
     """Steps for which FVU has been over 1 without a break."""
     seconds: float = 0.0
     """Time spent training, over all sessions."""
+    num_open: Int[Tensor, ""] = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    """Open gates of this rank's last batch."""
     stopped: str | None = None
     """Why the run ended before its time."""
     finished: bool = False
@@ -149,13 +132,18 @@ def train(bank: Bank, chores: Sequence[Chore]) -> None:
 
 
 def train_step(bank: Bank, run: Run, x: Float[Tensor, "rows d_model"]) -> None:
-    """One optimizer update of one run: forward, backward, clip, update; nothing here waits for the device."""
-    run.optimizer.zero_grad()
-    output: StepOutput = run.module(x, bank.lambda_(run, bank.step))
-    torch.autograd.backward(output.total)
-    report = run.optimizer.step(bank.learning_rate(run, bank.step))
-    run.firing.update(output.forward.f, output.forward.gate_open, bank.spec.batch_rows)
-    run.meter.update(output.forward, report, bank.step)
+    """One optimizer update of one run, and what it measured added to the run's counters."""
+    report = update(
+        run.module,
+        run.optimizer,
+        x,
+        lambda_=bank.lambda_(run, bank.step),
+        learning_rate=bank.learning_rate(run, bank.step),
+        micro_batch_rows=bank.config.micro_batch_rows,
+    )
+    run.firing.update(report.fired, report.opened, bank.spec.batch_rows)
+    run.meter.update(report, bank.step)
+    run.num_open = report.opened.sum()
 
 
 def torch_dtype(config: TrainConfig) -> torch.dtype:
@@ -176,8 +164,9 @@ def make_run(spec: RunSpec, directory: Path, config: TrainConfig, site: SiteMani
         unit_norm=spec.objective in UNIT_NORM,
         clip_gradient_norm=config.clip_gradient_norm,
     )
-    module = group.wrap(TrainingModule(sae, spec))
-    return Run(spec, directory, sae, module, optimizer, FiringCounter(spec.num_features, group.device), Meter(group.device))
+    training = TrainingModule(sae, spec.objective, spec.auxk, config.auxk_features or spec.d_model // 2)
+    firing, meter = FiringCounter(spec.num_features, group.device), Meter(group.device)
+    return Run(spec, directory, sae, training, group.wrap(training), optimizer, firing, meter)
 
 
 def fresh_rows(bank: Bank, run: Run, num_rows: int) -> Iterator[Batch]:

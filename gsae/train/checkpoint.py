@@ -58,8 +58,9 @@ def _fill(bank: Bank, run: Run, directory: Path) -> None:
     save_sae(directory, run.sae, {**described, "step": bank.step, "rows": bank.rows})
     optimizer = {f"optimizer.{name}": value.cpu().contiguous() for name, value in run.optimizer.state_tensors().items()}
     firing = {f"firing.{name}": value.cpu().contiguous() for name, value in run.firing.state_tensors().items()}
-    save_file({**optimizer, **firing, "resampled": run.resampled.cpu()}, directory / STATE_TENSORS_FILE)
-    counters = {name: getattr(run, name) for name in COUNTERS}
+    features = {"resampled": run.resampled.cpu(), "dead": run.training.dead.cpu()}
+    save_file({**optimizer, **firing, **features}, directory / STATE_TENSORS_FILE)
+    counters = {name: getattr(run, name) for name in COUNTERS} | {"is_sparse": run.training.is_sparse}
     (directory / STATE_FILE).write_text(json.dumps({"step": bank.step, **counters}, indent=1) + "\n")
 
 
@@ -111,7 +112,9 @@ def restore_run(run: Run, checkpoint: Path) -> None:
     run.optimizer.load_state_tensors(_below("optimizer.", tensors))
     run.firing.load_state_tensors(_below("firing.", tensors))
     run.resampled = tensors["resampled"].to(run.resampled.device)
+    run.training.dead = tensors["dead"].to(run.training.dead.device)
     state = _read_state(checkpoint)
+    run.training.is_sparse = state["is_sparse"]
     for name in COUNTERS:
         setattr(run, name, state[name])
 

@@ -1,6 +1,7 @@
 """What the training loop does every so many steps. In: a bank after a step. Out: metrics lines, resampled features, checkpoints, a stop.
 
-The order is fixed: log, resample, checkpoint, stop (stop.py). All ranks of the group do a chore at the same step; the first rank writes.
+The order is fixed: log, choose the step, resample, checkpoint, stop (stop.py). All ranks of the group do a chore at the same step;
+the first rank writes.
 """
 
 import json
@@ -20,6 +21,9 @@ from gsae.train.schedule import event_steps, warmup_steps
 
 UNHEALTHY_FRACTION = 0.05
 """Share of the run after which one with L0 under 1 or FVU over 1 is stopped."""
+
+CHOOSE_EVERY_STEPS = 10
+"""Steps between two choices between the dense and the sparse step."""
 
 
 def checkpoint_interval(total_steps: int, config: TrainConfig) -> int:
@@ -95,8 +99,9 @@ class Log:
         measured = {name: value for name, value in asdict(reading).items() if name != "non_finite_step"}
         settings = {"learning_rate": bank.learning_rate(run, last), "lambda": lambda_}
         times = {"rows_per_second": rows_per_second, "seconds": run.seconds}
-        loss = reading.reconstruction + lambda_ * reading.sparsity + reading.auxiliary
-        write_metrics(bank, run, "step", {"loss": loss, **measured, "fvu": fvu, **asdict(dead), **settings, **times})
+        loss = reading.reconstruction + lambda_ * reading.sparsity + reading.auxiliary + run.spec.auxk * reading.auxk
+        measured |= {"loss": loss, "fvu": fvu, "is_sparse": run.training.is_sparse}
+        write_metrics(bank, run, "step", {**measured, **asdict(dead), **settings, **times})
         self._show(bank, run, reading, fvu, dead, rows_per_second)
         sickness = self._sickness(bank, run, reading.l0, fvu, steps)
         if sickness is not None:
@@ -139,6 +144,24 @@ class Log:
         write_metrics(bank, run, "stopped", {"reason": reason, **asdict(dead)})
         save_runs(bank, [run])
         self._view.say(f"{run.spec.name} stopped at step {bank.step}: {reason}")
+
+
+class ChooseStep:
+    """Dense or sparse step by the density over all ranks, and for the AuxK term which features are dead."""
+
+    def is_due(self, bank: Bank) -> bool:
+        """At fixed steps, so that a resumed run decides alike."""
+        return bank.step % CHOOSE_EVERY_STEPS == 0
+
+    def run(self, bank: Bank) -> None:
+        """Decide for each run that trains."""
+        for run in bank.active_runs:
+            num_open = int(bank.group.reduce(run.num_open, "sum"))
+            run.training.choose(num_open / (bank.spec.batch_rows * run.spec.num_features), bank.config.sparse_below_density)
+            if run.spec.auxk:
+                run.firing.synchronise(bank.group)
+                dead_rows = resample.dead_after(bank.config.resampling, bank.spec.total_rows, 0)
+                run.training.dead = run.firing.dead(dead_rows).nonzero().flatten()
 
 
 class Resample:

@@ -1,9 +1,9 @@
-"""When features were on. In: the features of each local batch. Out: counts and dead features, over all ranks."""
+"""When features were on. In: the counts of each local batch. Out: counts and dead features, over all ranks."""
 
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from gsae.world import Group
@@ -50,18 +50,17 @@ class FiringCounter:
         return self._last_fired
 
     @torch.no_grad()
-    def update(self, f: Float[Tensor, "rows features"], gate_open: Bool[Tensor, "rows features"], batch_rows: int) -> None:
+    def update(self, fired: Int[Tensor, " features"], opened: Int[Tensor, " features"], batch_rows: int) -> None:
         """Count one local batch.
 
         Args:
-            f: features of this rank's rows.
-            gate_open: where the gate was open; wherever f > 0 it is.
+            fired: this rank's rows at which each feature was on.
+            opened: this rank's rows at which each gate was open, at least as many.
             batch_rows: rows of the whole batch, over all ranks.
         """
         self.rows += batch_rows
-        fired = (f > 0).sum(dim=0, dtype=torch.int32)
         self._local_fired += fired
-        self._local_opened += gate_open.sum(dim=0, dtype=torch.int32)
+        self._local_opened += opened
         self._last_fired.masked_fill_(fired > 0, self.rows)
         self._is_synchronised = False
 

@@ -1,11 +1,10 @@
-"""What a run's steps measured since the last log line. In: forward passes and gradient reports. Out: their means over steps and ranks."""
+"""What a run's steps measured since the last log line. In: reports of steps. Out: their means over steps and ranks."""
 
 from dataclasses import dataclass
 
 import torch
 
-from gsae.sae.objective import Forward
-from gsae.train.optim import GradientReport
+from gsae.train.step import StepReport
 from gsae.world import Group
 
 
@@ -16,6 +15,8 @@ class Reading:
     reconstruction: float
     sparsity: float
     auxiliary: float
+    auxk: float
+    """The AuxK term, before its weight; 0 where the run has none or no feature is dead."""
     l0: float
     """Features on per row."""
     gradient_norm: float
@@ -27,17 +28,16 @@ class Meter:
     """Sums on the device; the host reads them at the log interval only, and before each checkpoint, so that a checkpoint holds none."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(6, dtype=torch.float64, device=device)  # the five measures, then the number of steps
+        self._sums = torch.zeros(7, dtype=torch.float64, device=device)  # the six measures, then the number of steps
         self._non_finite_step = torch.full((), -1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def update(self, forward: Forward, report: GradientReport, step: int) -> None:
+    def update(self, report: StepReport, step: int) -> None:
         """Add one step."""
-        losses = forward.losses
-        l0 = (forward.f > 0).sum(dtype=torch.float64) / len(forward.f)
-        measures = (losses.reconstruction, losses.sparsity, losses.auxiliary, l0, report.norm, torch.ones_like(l0))
-        self._sums += torch.stack([measure.detach().double() for measure in measures])
-        is_first = ~report.is_finite & (self._non_finite_step < 0)
+        l0 = report.fired.sum(dtype=torch.float64) / report.num_rows
+        rest = torch.stack([l0, report.gradient.norm, torch.ones_like(l0)])
+        self._sums += torch.cat([report.measures, rest])
+        is_first = ~report.gradient.is_finite & (self._non_finite_step < 0)
         self._non_finite_step.masked_fill_(is_first, step)
 
     def read(self, group: Group) -> Reading:
@@ -45,5 +45,5 @@ class Meter:
         *sums, steps = group.reduce(self._sums, "sum").tolist()
         first = int(self._non_finite_step)
         self._sums.zero_()
-        reconstruction, sparsity, auxiliary, l0, gradient_norm = (value / steps for value in sums)
-        return Reading(reconstruction, sparsity, auxiliary, l0, gradient_norm, first if first >= 0 else None)
+        reconstruction, sparsity, auxiliary, auxk, l0, gradient_norm = (value / steps for value in sums)
+        return Reading(reconstruction, sparsity, auxiliary, auxk, l0, gradient_norm, first if first >= 0 else None)

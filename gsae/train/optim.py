@@ -102,6 +102,6 @@ class SAEOptimizer:
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
-    """The norm over all tensors: along the last axis in their own type, which is quick, then in float64."""
-    norms = torch.cat([torch.linalg.vector_norm(tensor, dim=-1).flatten().double() for tensor in tensors])
+    """The norm over all tensors: along the axis contiguous in memory in their own type, which is quick, then in float64."""
+    norms = torch.cat([torch.linalg.vector_norm(tensor, dim=tensor.stride().index(1)).flatten().double() for tensor in tensors])
     return norms.square().sum().sqrt()

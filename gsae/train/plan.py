@@ -28,6 +28,8 @@ class RunSpec:
     layer: int
     objective: ObjectiveName
     resampling: bool
+    auxk: float
+    """Weight of the AuxK term; 0 leaves it out."""
     d_model: int
     num_features: int
     lambda_: float
@@ -119,7 +121,7 @@ def _by_site(values: Mapping[str | int, T], store: StoreOutline, setting: str) -
 
 def _runs_of_sweep(config: Config, sweep: SweepConfig, site: str, store: StoreOutline, learning_rate: float) -> Iterator[RunSpec]:
     own = _by_site(sweep.lambdas, store, "train.sweeps.lambdas")
-    kind = f"{sweep.objective}-resampled" if sweep.resampling else sweep.objective
+    kind = sweep.objective + ("-resampled" if sweep.resampling else "") + (f"-auxk{sweep.auxk:g}" if sweep.auxk else "")
     rate_of_its_own = "" if sweep.learning_rate is None else f"-r{sweep.learning_rate:g}"
     for expansion in sweep.expansions:
         num_features = round(expansion * store.d_model)
@@ -133,6 +135,7 @@ def _runs_of_sweep(config: Config, sweep: SweepConfig, site: str, store: StoreOu
                     layer=store.layers[site],
                     objective=sweep.objective,
                     resampling=sweep.resampling,
+                    auxk=sweep.auxk,
                     d_model=store.d_model,
                     num_features=num_features,
                     lambda_=lambda_,

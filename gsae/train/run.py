@@ -18,7 +18,7 @@ from gsae.store.runs import RUN_FILE, STOPPED_FILE, find_difference, read_run
 from gsae.store.stream import Stream
 from gsae.train.bank import Bank, Run, make_run, train
 from gsae.train.checkpoint import ResumePoint, find_resume_point, restore_run, truncate_metrics
-from gsae.train.chores import Log, Resample, SaveCheckpoints, checkpoint_interval
+from gsae.train.chores import ChooseStep, Log, Resample, SaveCheckpoints, checkpoint_interval
 from gsae.train.plan import BankSpec, describe_run, outline, plan_banks
 from gsae.train.stop import StopOnRequest, StopRequest
 from gsae.world import Group, World, lanes_of
@@ -108,7 +108,7 @@ def _train_bank(config: Config, manifest: Manifest, spec: BankSpec, world: World
         if point.step:
             view.say(f"continues at step {point.step} of {spec.total_steps}")
         log = Log(view)
-        train(bank, [log, Resample(bank, view), SaveCheckpoints(), StopOnRequest(request, log)])
+        train(bank, [log, ChooseStep(), Resample(bank, view), SaveCheckpoints(), StopOnRequest(request, log)])
     return not bank.stopping
 
 

@@ -81,8 +81,7 @@ def assert_gated_sparsity(sae, losses):
 def test_gated_by_hand():
     sae = gated_by_hand()
     out = objective("gated")(sae, X)
-    assert out.f.tolist() == [[5, 0], [0, 0]]
-    assert out.gate_open.tolist() == [[True, False], [False, False]]
+    assert out.fired.tolist() == out.opened.tolist() == [1, 0]
     torch.testing.assert_close(out.x_hat, torch.tensor([[4.0, 4.0], [1.0, 0.0]], dtype=torch.float64))
     assert_gated_reconstruction(sae, out.losses)
     assert_gated_sparsity(sae, out.losses)
@@ -122,8 +121,7 @@ def test_gated_norm_weighted_by_hand():
 def test_relu_by_hand():
     sae = set_parameters(ReluSAE(2, 2, torch.float64), W_enc=[[1, 0], [0, 1]], b_enc=[-1, -3], W_dec=[[0.6, 0.8], [1, 0]], b_dec=[1, 0])
     out = objective("relu")(sae, X)
-    assert out.f.tolist() == [[1, 0], [0, 0]]
-    assert out.gate_open.tolist() == [[True, False], [False, False]]
+    assert out.fired.tolist() == out.opened.tolist() == [1, 0]
     # f = (1, 0); x_hat = (1.6, 0.8); less x (-1.4, -1.2), of square 3.4; g = (-2.8, -2.4). dW_dec[0] = g; df_0 = g . (0.6, 0.8) = -3.6;
     # dW_enc[:, 0] = -3.6 (2, 2); db_dec = g + 3.6 (1, 0).
     losses = out.losses
@@ -206,16 +204,17 @@ def test_only_the_losses_carry_gradients(name):
     sae, x = random_sae(name)
     out = objective(name)(sae, x)
     assert out.losses.total(0.1).requires_grad
-    assert not any(value.requires_grad for value in (out.x_hat, out.f, out.gate_open))
+    assert not any(value.requires_grad for value in (out.x_hat, out.fired, out.opened))
 
 
 @pytest.mark.parametrize("name", SAE_CLASS)
 def test_the_forward_pass_is_the_models(name):
     sae, x = random_sae(name)
     out = objective(name)(sae, x)
-    assert torch.equal(out.f, sae.encode(x))
+    f = sae.encode(x)
     assert torch.equal(out.x_hat, sae(x))
-    assert torch.equal(out.gate_open, out.f > 0 if name == "relu" else sae.pre_activations(x).pi_gate > 0)
+    assert torch.equal(out.fired, (f > 0).sum(0))
+    assert torch.equal(out.opened, ((f if name == "relu" else sae.pre_activations(x).pi_gate) > 0).sum(0))
 
 
 def test_lambda_weighs_the_sparsity_term_alone():

@@ -22,9 +22,9 @@ def group():
 
 def test_counts_by_hand(group):
     firing = FiringCounter(3, torch.device("cpu"))
-    # Feature 0: on at both rows. Feature 1: gate open at both, magnitude 0 at the second. Feature 2: never.
-    firing.update(torch.tensor([[1.0, 2.0, 0.0], [0.5, 0.0, 0.0]]), torch.tensor([[True, True, False], [True, True, False]]), 2)
-    firing.update(torch.tensor([[0.0, 3.0, 0.0], [0.0, 0.0, 0.0]]), torch.tensor([[False, True, False], [True, False, False]]), 2)
+    # Of the first two rows, feature 0 is on at both, feature 1 at one with its gate open at both, feature 2 at none.
+    firing.update(torch.tensor([2, 1, 0]), torch.tensor([2, 2, 0]), 2)
+    firing.update(torch.tensor([0, 1, 0]), torch.tensor([1, 1, 0]), 2)
     firing.synchronise(group)
     assert firing.fired.tolist() == [2, 2, 0]
     assert firing.open_at_zero.tolist() == [1, 1, 0]
@@ -38,8 +38,8 @@ def test_counts_by_hand(group):
 
 def test_a_second_synchronisation_changes_nothing(group):
     firing = FiringCounter(2, torch.device("cpu"))
-    on = torch.tensor([[1.0, 0.0]])
-    firing.update(on, on > 0, 1)
+    on = torch.tensor([1, 0])
+    firing.update(on, on, 1)
     firing.synchronise(group)
     firing.synchronise(group)
     assert firing.fired.tolist() == [1, 0]
@@ -47,11 +47,10 @@ def test_a_second_synchronisation_changes_nothing(group):
 
 def test_a_new_interval_forgets_counts_but_not_when_features_last_fired(group):
     firing = FiringCounter(2, torch.device("cpu"))
-    on = torch.tensor([[1.0, 0.0]])
-    firing.update(on, torch.tensor([[True, True]]), 1)
+    firing.update(torch.tensor([1, 0]), torch.tensor([1, 1]), 1)
     firing.synchronise(group)
     firing.start_interval()
-    firing.update(on * 0, on < 0, 1)
+    firing.update(torch.tensor([0, 0]), torch.tensor([0, 0]), 1)
     firing.synchronise(group)
     assert firing.fired.tolist() == firing.open_at_zero.tolist() == [0, 0]
     assert firing.last_fired.tolist() == [1, 0]
@@ -60,8 +59,8 @@ def test_a_new_interval_forgets_counts_but_not_when_features_last_fired(group):
 
 def test_counts_that_are_apart_cannot_be_read(group):
     firing = FiringCounter(2, torch.device("cpu"))
-    on = torch.tensor([[1.0, 0.0]])
-    firing.update(on, on > 0, 1)
+    on = torch.tensor([1, 0])
+    firing.update(on, on, 1)
     for read in (lambda: firing.fired, lambda: firing.dead(1), firing.state_tensors, firing.start_interval):
         with pytest.raises(RuntimeError, match="call synchronise"):
             read()
@@ -72,7 +71,7 @@ def count(group: Group, batches: range, firing: FiringCounter) -> FiringCounter:
     for batch in batches:
         drawn = torch.randn(BATCH_ROWS, NUM_FEATURES, generator=torch.Generator().manual_seed(batch))
         mine = drawn[group.rank :: group.size]
-        firing.update(torch.relu(mine - 1.2), mine > 1, BATCH_ROWS)
+        firing.update((mine > 1.2).sum(0), (mine > 1).sum(0), BATCH_ROWS)
         if batch == 1:
             firing.synchronise(group)
     firing.synchronise(group)

@@ -1,0 +1,180 @@
+"""The active set of a batch, and products over it alone. In: rows, weights and a gate's bias. Out: the entries (row, feature) that are on.
+
+The operations here are all that the sparse step (sparse.py) asks of a device; on CPU and CUDA they are torch's own sparse
+kernels: `embedding_bag` for sums of weighted rows, `sampled_addmm` for products at listed entries.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+PIECE_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
+"""Elements of rows x features that are in memory at once while the active set is looked for."""
+BFLOAT16_ERROR = 2.0**-7 * 1.03
+"""Bound of |bfloat16(u) . bfloat16(v) - u . v| / (|u| |v|), summed in float32: two roundings of relative error 2^-8, and room for the
+roundings of the bound itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class ActiveSet:
+    """The entries (row, feature) of a batch with a + bias > 0, row by row, features rising within a row."""
+
+    num_rows: int
+    num_features: int
+    row: Int[Tensor, " entries"]
+    feature: Int[Tensor, " entries"]
+    a: Float[Tensor, " entries"]
+    """Product of the row with the feature's encoder direction."""
+
+    @cached_property
+    def row_offsets(self) -> Int[Tensor, " rows_and_1"]:
+        """Where each row's entries begin, and the end."""
+        return _offsets(self.row, self.num_rows)
+
+    @cached_property
+    def feature_order(self) -> Int[Tensor, " entries"]:
+        """The entries sorted by feature, rows rising within a feature."""
+        return self.feature.argsort(stable=True)
+
+    @cached_property
+    def feature_offsets(self) -> Int[Tensor, " features_and_1"]:
+        """Where each feature's entries begin in `feature_order`, and the end."""
+        return _offsets(self.feature, self.num_features)
+
+    @cached_property
+    def row_by_feature(self) -> Int[Tensor, " entries"]:
+        """The rows of the entries in `feature_order`."""
+        return self.row[self.feature_order]
+
+    def sums_over_features(
+        self, values: Float[Tensor, " entries"], vectors: Float[Tensor, "features width"]
+    ) -> Float[Tensor, "rows width"]:
+        """For each row, the sum over its entries of value times the feature's vector: a decode."""
+        return _weighted_sums(self.feature, self.row_offsets, values, vectors)
+
+    def sums_over_rows(self, values: Float[Tensor, " entries"], vectors: Float[Tensor, "rows width"]) -> Float[Tensor, "features width"]:
+        """For each feature, the sum over its entries of value times the row's vector: a weight's gradient. No two write one place."""
+        return _weighted_sums(self.row_by_feature, self.feature_offsets, values[self.feature_order], vectors)
+
+    def products(self, rows: Float[Tensor, "rows width"], vectors: Float[Tensor, "features width"]) -> Float[Tensor, " entries"]:
+        """At each entry, the product of the row with the feature's vector: a feature's gradient."""
+        size = (self.num_rows, self.num_features)
+        zeros = torch.sparse_csr_tensor(self.row_offsets, self.feature, rows.new_zeros(len(self.feature)), size, check_invariants=False)
+        found: Tensor = torch.sparse.sampled_addmm(zeros, rows, vectors.T, beta=0).values()
+        return found
+
+    def feature_totals(self, values: Float[Tensor, " entries"]) -> Float[Tensor, " features"]:
+        """The sum of each feature's values."""
+        return values.new_zeros(self.num_features).index_add_(0, self.feature, values)
+
+    def feature_counts(self, chosen: Tensor | None = None) -> Int[Tensor, " features"]:
+        """The number of each feature's entries, or of those that the boolean `chosen` (entries) marks."""
+        feature = self.feature if chosen is None else self.feature[chosen]
+        return torch.bincount(feature, minlength=self.num_features)
+
+
+def find_active(
+    x: Float[Tensor, "rows d_model"],
+    encoder: Float[Tensor, "d_model features"],
+    bias: Float[Tensor, " features"],
+    *,
+    in_bfloat16: bool = False,
+) -> ActiveSet:
+    """The entries where x . encoder + bias > 0, from one dense product.
+
+    In bfloat16 the product only proposes entries: the bound of its error is added to it, so that none is missed, and the values of
+    the proposed ones are computed anew in the type of `x`, which decides. The result is that of the exact product, at the speed of
+    the inexact one.
+
+    Args:
+        x: rows, less b_dec.
+        encoder: directions, each contiguous in memory.
+        bias: what is added to the product.
+        in_bfloat16: whether the dense product is in bfloat16.
+    """
+    if not in_bfloat16:
+        return _at_positions(len(x), len(bias), *_scan(x, encoder, lambda products: products > -bias))
+    with _sums_in_float32():
+        positions, _ = _scan(_bounded_rows(x), _bounded_directions(encoder, bias), torch.relu_)
+    proposed = _at_positions(len(x), len(bias), positions, x.new_empty(0))
+    a = proposed.products(x, encoder.T)
+    is_on = a + bias[proposed.feature] > 0
+    return ActiveSet(len(x), len(bias), proposed.row[is_on], proposed.feature[is_on], a[is_on])
+
+
+def _scan(rows: Tensor, directions: Tensor, keep: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Flat positions in rows x features where `keep` of the products is not 0, and the products there, one piece of the rows at a time."""
+    num_features = directions.shape[1]
+    piece_rows = max(1, PIECE_ELEMENTS[rows.device.type] // num_features)
+    positions, values = [], []
+    for start in range(0, len(rows), piece_rows):
+        products = rows[start : start + piece_rows] @ directions
+        found = _nonzero(keep(products))
+        positions.append(found + start * num_features)
+        values.append(products.flatten()[found])
+    return torch.cat(positions), torch.cat(values)
+
+
+def _nonzero(values: Tensor) -> Tensor:
+    """Flat positions of what is not 0; on the CPU eight bytes are looked at together, since few of them are."""
+    flat = values.flatten()
+    a_word = 8 // flat.element_size()
+    if flat.device.type != "cpu" or len(flat) % a_word:
+        return flat.nonzero().flatten()
+    words = flat.view(torch.int64).nonzero().flatten()
+    word, place = flat.view(-1, a_word)[words].nonzero().unbind(dim=1)
+    return words[word] * a_word + place
+
+
+def _at_positions(num_rows: int, num_features: int, positions: Tensor, values: Tensor) -> ActiveSet:
+    row = positions.div(num_features, rounding_mode="floor")
+    return ActiveSet(num_rows, num_features, row, positions - row * num_features, values)
+
+
+def _bounded_rows(x: Tensor) -> Tensor:
+    """(x, 1, 1, 1, |x|) in bfloat16, whose product with `_bounded_directions` is at least x . encoder + bias."""
+    rows = x.new_ones(len(x), x.shape[1] + 4, dtype=torch.bfloat16)
+    rows[:, :-4] = x
+    rows[:, -1] = torch.linalg.vector_norm(x, dim=1)
+    return rows
+
+
+def _bounded_directions(encoder: Tensor, bias: Tensor) -> Tensor:
+    """(encoder, the bias in three parts of 8 bits each, error bound x |encoder|) in bfloat16."""
+    directions = encoder.new_empty(encoder.shape[1], len(encoder) + 4, dtype=torch.bfloat16)
+    directions[:, :-4] = encoder.T
+    rest = bias
+    for column in (-4, -3, -2):
+        directions[:, column] = rest
+        rest = rest - directions[:, column].to(rest.dtype)
+    directions[:, -1] = BFLOAT16_ERROR * torch.linalg.vector_norm(encoder, dim=0)
+    return directions.T
+
+
+@contextmanager
+def _sums_in_float32() -> Iterator[None]:
+    """CUDA may sum parts of a bfloat16 product in bfloat16, which would break the bound."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_bf16_reduced_precision_reduction
+    settings.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = before
+
+
+def _offsets(index: Tensor, count: int) -> Tensor:
+    """Where each of `count` sorted groups begins, and the end."""
+    offsets = index.new_zeros(count + 1)
+    torch.cumsum(torch.bincount(index, minlength=count), dim=0, out=offsets[1:])
+    return offsets
+
+
+def _weighted_sums(index: Tensor, offsets: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
+    return embedding_bag(index, vectors, offsets, mode="sum", per_sample_weights=values, include_last_offset=True)

@@ -1,0 +1,114 @@
+"""One update of one run. In: rows, an SAE, its optimizer. Out: changed weights, and what the step measured.
+
+A run takes the dense step while many gates are open and the sparse one afterwards; both give the same losses and gradients.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gsae.config import ObjectiveName
+from gsae.sae.auxk import auxk_loss
+from gsae.sae.objective import SAE, Losses, objective
+from gsae.sae.sparse import sparse_objective
+from gsae.train.optim import GradientReport, SAEOptimizer
+from gsae.world import without_sum
+
+HYSTERESIS = 1.25
+"""A run returns to the dense step at so many times the density at which it left it."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepOutput:
+    """What a forward pass gives; only `total` carries a gradient."""
+
+    total: Float[Tensor, ""]
+    losses: Losses
+    """Means over the rows."""
+    auxk: Float[Tensor, ""]
+    """The AuxK term, before its weight."""
+    fired: Int[Tensor, " features"]
+    """Rows at which each feature was on."""
+    opened: Int[Tensor, " features"]
+    """Rows at which each gate was open."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepReport:
+    """What an update of the local batch did and measured, left on the device."""
+
+    num_rows: int
+    """Rows of this rank."""
+    measures: Float[Tensor, "4"]
+    """Reconstruction, sparsity, auxiliary and AuxK loss, means over this rank's rows, in float64."""
+    fired: Int[Tensor, " features"]
+    opened: Int[Tensor, " features"]
+    gradient: GradientReport
+
+
+class TrainingModule(nn.Module):
+    """An SAE with its loss inside `forward`, so that DDP sees the whole step."""
+
+    def __init__(self, sae: SAE, objective_name: ObjectiveName, auxk: float, auxk_features: int) -> None:
+        """`auxk` is the weight of the AuxK term, `auxk_features` the number of dead features it takes a row."""
+        super().__init__()
+        self.sae = sae
+        self.is_sparse = False
+        """Whether `forward` takes the sparse step."""
+        self.dead = torch.zeros(0, dtype=torch.int64, device=sae.b_dec.device)
+        """The features that the AuxK term counts as dead."""
+        self._dense, self._sparse = objective(objective_name), sparse_objective(objective_name)
+        self._auxk, self._auxk_features = auxk, auxk_features
+
+    def forward(self, x: Float[Tensor, "rows d_model"], lambda_: float) -> StepOutput:
+        """The loss on scaled rows: L + auxk L_auxk."""
+        result = (self._sparse if self.is_sparse else self._dense)(self.sae, x)
+        total, auxk = result.losses.total(lambda_), x.new_zeros(())
+        if self._auxk and len(self.dead):
+            auxk = auxk_loss(self.sae, x, result.x_hat, self.dead, self._auxk_features)
+            total = total + self._auxk * auxk
+        return StepOutput(total, result.losses, auxk, result.fired, result.opened)
+
+    def choose(self, density: float, sparse_below_density: float) -> None:
+        """Take the sparse step from now on where the density, the share of gates that are open, is low, the dense one where it is high."""
+        self.is_sparse = density < sparse_below_density * (HYSTERESIS if self.is_sparse else 1)
+
+
+def update(
+    module: nn.Module,
+    optimizer: SAEOptimizer,
+    x: Float[Tensor, "rows d_model"],
+    *,
+    lambda_: float,
+    learning_rate: float,
+    micro_batch_rows: int | None,
+) -> StepReport:
+    """Forward, backward, clip, update; nothing here waits for the device.
+
+    Args:
+        module: a TrainingModule under DDP.
+        optimizer: the optimizer of its SAE.
+        x: this rank's rows, scaled.
+        lambda_: the sparsity coefficient.
+        learning_rate: the step size.
+        micro_batch_rows: rows to have in memory as rows x features at once; their gradients add up to the batch's. None takes all.
+    """
+    optimizer.zero_grad()
+    pieces = torch.split(x, micro_batch_rows or len(x))
+    measures = torch.zeros(4, dtype=torch.float64, device=x.device)
+    fired = opened = None
+    for number, piece in enumerate(pieces, start=1):
+        share = len(piece) / len(x)
+        with nullcontext() if number == len(pieces) else without_sum(module):
+            output: StepOutput = module(piece, lambda_)
+            torch.autograd.backward(output.total * share)
+        losses = (output.losses.reconstruction, output.losses.sparsity, output.losses.auxiliary, output.auxk)
+        measures += share * torch.stack([loss.detach().double() for loss in losses])
+        fired = output.fired if fired is None else fired + output.fired
+        opened = output.opened if opened is None else opened + output.opened
+    assert fired is not None
+    assert opened is not None
+    return StepReport(len(x), measures, fired, opened, optimizer.step(learning_rate))
