@@ -314,5 +314,5 @@ if __name__ == "__main__":
     folder, this_rank = Path(sys.argv[1]), int(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=this_rank, world_size=2)
     found = resample_all(cut_into_groups(torch.device("cpu"), 1).group)
-        save_file({name: value.contiguous() for name, value in found.items()}, folder / f"{this_rank}.safetensors")
+    save_file({name: value.contiguous() for name, value in found.items()}, folder / f"{this_rank}.safetensors")
     dist.destroy_process_group()
