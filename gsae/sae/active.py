@@ -4,6 +4,7 @@ The operations here are all that the sparse step (sparse.py) asks of a device; o
 kernels: `embedding_bag` for sums of weighted rows, `sampled_addmm` for products at listed entries.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+# Said once a process, and not to our users: the layout is stable enough for the two products that need it.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
 
 PIECE_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
 """Elements of rows x features that are in memory at once while the active set is looked for."""

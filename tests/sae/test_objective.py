@@ -1,6 +1,7 @@
-"""Every loss term: its value and its gradient, by hand and against the formulas written out; stop-gradients; cost."""
+"""Every loss term, by the dense and by the sparse step: values and gradients by hand, against the formulas, by finite differences; cost."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +10,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gsae.sae.gated import GatedSAE
 from gsae.sae.objective import SAE_CLASS, UNIT_NORM, Losses, build, objective
 from gsae.sae.relu import ReluSAE
+from gsae.sae.sparse import sparse_objective
 
+STEPS = {
+    "dense": objective,
+    "sparse": partial(sparse_objective, in_bfloat16=False),
+    "proposed": partial(sparse_objective, in_bfloat16=True),
+}
+"""By name, what gives the step of an objective: the reference, the sparse step, and the sparse step with entries proposed in bfloat16."""
 GATED = ("gated", "gated-no-aux", "gated-norm-weighted")
 TERMS = ("reconstruction", "sparsity", "auxiliary")
+
+
+@pytest.fixture(params=STEPS)
+def step_of(request):
+    return STEPS[request.param]
 
 
 def set_parameters(sae, **values):
@@ -78,9 +91,9 @@ def assert_gated_sparsity(sae, losses):
     assert_gradients(sae, losses.sparsity, b_gate=[0.5, 0], W_gate=[[1, 0], [1, 0]], b_dec=[-0.5, 0])
 
 
-def test_gated_by_hand():
+def test_gated_by_hand(step_of):
     sae = gated_by_hand()
-    out = objective("gated")(sae, X)
+    out = step_of("gated")(sae, X)
     assert out.fired.tolist() == out.opened.tolist() == [1, 0]
     torch.testing.assert_close(out.x_hat, torch.tensor([[4.0, 4.0], [1.0, 0.0]], dtype=torch.float64))
     assert_gated_reconstruction(sae, out.losses)
@@ -92,19 +105,19 @@ def test_gated_by_hand():
     assert_gradients(sae, out.losses.auxiliary, b_gate=[-1.8, 0], W_gate=[[-3.6, 0], [-3.6, 0]], b_dec=[1.8, 0])
 
 
-def test_gated_no_aux_by_hand():
+def test_gated_no_aux_by_hand(step_of):
     sae = gated_by_hand()
-    losses = objective("gated-no-aux")(sae, X).losses
+    losses = step_of("gated-no-aux")(sae, X).losses
     assert_gated_reconstruction(sae, losses)
     assert_gated_sparsity(sae, losses)
     assert losses.auxiliary.item() == 0
     assert_gradients(sae, losses.auxiliary)
 
 
-def test_gated_norm_weighted_by_hand():
+def test_gated_norm_weighted_by_hand(step_of):
     # As above with a decoder row of norm 2: W_dec[0] = (1.2, 1.6).
     sae = set_parameters(gated_by_hand(), W_dec=[[1.2, 1.6], [1, 0]])
-    losses = objective("gated-norm-weighted")(sae, X).losses
+    losses = step_of("gated-norm-weighted")(sae, X).losses
     # x_hat = 5 (1.2, 1.6) + (1, 0) = (7, 8); less x (4, 6), of square 52.
     assert losses.reconstruction.item() == pytest.approx(52 / 2)
     # relu(pi_gate)_0 |W_dec[0]| = 2; dW_dec[0] = 1 (0.6, 0.8); dpi_gate_0 = 2.
@@ -118,9 +131,9 @@ def test_gated_norm_weighted_by_hand():
     )
 
 
-def test_relu_by_hand():
+def test_relu_by_hand(step_of):
     sae = set_parameters(ReluSAE(2, 2, torch.float64), W_enc=[[1, 0], [0, 1]], b_enc=[-1, -3], W_dec=[[0.6, 0.8], [1, 0]], b_dec=[1, 0])
-    out = objective("relu")(sae, X)
+    out = step_of("relu")(sae, X)
     assert out.fired.tolist() == out.opened.tolist() == [1, 0]
     # f = (1, 0); x_hat = (1.6, 0.8); less x (-1.4, -1.2), of square 3.4; g = (-2.8, -2.4). dW_dec[0] = g; df_0 = g . (0.6, 0.8) = -3.6;
     # dW_enc[:, 0] = -3.6 (2, 2); db_dec = g + 3.6 (1, 0).
@@ -167,17 +180,17 @@ def naive_losses(name, sae, x):
 
 @pytest.mark.parametrize("name", SAE_CLASS)
 @pytest.mark.parametrize("term", TERMS)
-def test_values_and_gradients_are_those_of_the_formula(name, term):
+def test_values_and_gradients_are_those_of_the_formula(step_of, name, term):
     sae, x = random_sae(name)
-    found, wanted = getattr(objective(name)(sae, x).losses, term), getattr(naive_losses(name, sae, x), term)
+    found, wanted = getattr(step_of(name)(sae, x).losses, term), getattr(naive_losses(name, sae, x), term)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12, check_dtype=False)
     for parameter, value in gradients(sae, wanted).items():
         torch.testing.assert_close(gradients(sae, found)[parameter], value, rtol=1e-10, atol=1e-12)
 
 
-def test_the_auxiliary_term_does_not_teach_the_decoder():
+def test_the_auxiliary_term_does_not_teach_the_decoder(step_of):
     sae, x = random_sae("gated")
-    found = gradients(sae, objective("gated")(sae, x).losses.auxiliary)
+    found = gradients(sae, step_of("gated")(sae, x).losses.auxiliary)
     assert found["W_dec"].abs().max() == 0
     # b_dec's whole gradient is its encoder side, -(sum over rows of da) W_gate; for this term da = dpi_gate, whose sum is db_gate.
     torch.testing.assert_close(found["b_dec"], -(sae.W_gate @ found["b_gate"]))
@@ -185,40 +198,76 @@ def test_the_auxiliary_term_does_not_teach_the_decoder():
 
 
 @pytest.mark.parametrize("name", GATED)
-def test_gate_and_magnitude_learn_from_their_own_terms(name):
+def test_gate_and_magnitude_learn_from_their_own_terms(step_of, name):
     sae, x = random_sae(name)
-    losses = objective(name)(sae, x).losses
+    losses = step_of(name)(sae, x).losses
     assert gradients(sae, losses.reconstruction)["b_gate"].abs().max() == 0
     for term in (losses.sparsity, losses.auxiliary):
         assert gradients(sae, term)["r_mag"].abs().max() == 0
         assert gradients(sae, term)["b_mag"].abs().max() == 0
 
 
-def test_without_the_auxiliary_term_gates_can_only_close():
+def test_without_the_auxiliary_term_gates_can_only_close(step_of):
     sae, x = random_sae("gated-no-aux")
-    assert gradients(sae, objective("gated-no-aux")(sae, x).losses.total(0.1))["b_gate"].min() >= 0
+    assert gradients(sae, step_of("gated-no-aux")(sae, x).losses.total(0.1))["b_gate"].min() >= 0
 
 
 @pytest.mark.parametrize("name", SAE_CLASS)
-def test_only_the_losses_carry_gradients(name):
+def test_only_the_losses_carry_gradients(step_of, name):
     sae, x = random_sae(name)
-    out = objective(name)(sae, x)
+    out = step_of(name)(sae, x)
     assert out.losses.total(0.1).requires_grad
     assert not any(value.requires_grad for value in (out.x_hat, out.fired, out.opened))
 
 
 @pytest.mark.parametrize("name", SAE_CLASS)
-def test_the_forward_pass_is_the_models(name):
+def test_the_forward_pass_is_the_models(step_of, name):
     sae, x = random_sae(name)
-    out = objective(name)(sae, x)
+    out = step_of(name)(sae, x)
     f = sae.encode(x)
-    assert torch.equal(out.x_hat, sae(x))
+    torch.testing.assert_close(out.x_hat, sae(x), rtol=1e-12, atol=1e-12)
     assert torch.equal(out.fired, (f > 0).sum(0))
     assert torch.equal(out.opened, ((f if name == "relu" else sae.pre_activations(x).pi_gate) > 0).sum(0))
 
 
 def test_lambda_weighs_the_sparsity_term_alone():
     assert Losses(torch.tensor(2.0), torch.tensor(3.0), torch.tensor(5.0)).total(0.1).item() == pytest.approx(7.3)
+
+
+# What each parameter's gradient can be checked by finite differences for: all terms in which no stop-gradient holds it.
+UNFROZEN = {
+    "relu": {"W_enc": TERMS, "b_enc": TERMS, "W_dec": TERMS, "b_dec": TERMS},
+    "gated": {
+        **dict.fromkeys(("W_gate", "r_mag", "b_mag", "b_gate"), TERMS),
+        "W_dec": ("reconstruction", "sparsity"),
+        "b_dec": ("reconstruction", "sparsity"),
+    },
+    "gated-no-aux": dict.fromkeys(("W_gate", "r_mag", "b_mag", "b_gate", "W_dec", "b_dec"), TERMS),
+    "gated-norm-weighted": dict.fromkeys(("W_gate", "r_mag", "b_mag", "b_gate", "W_dec", "b_dec"), TERMS),
+}
+
+
+class LossesOf(torch.nn.Module):
+    """The losses as a module's output, so that a parameter can be exchanged for the leaf that gradcheck moves."""
+
+    def __init__(self, sae, step):
+        super().__init__()
+        self.sae, self.step = sae, step
+
+    def forward(self, x):
+        return self.step(self.sae, x).losses
+
+
+@pytest.mark.parametrize(("name", "parameter"), [(name, parameter) for name, found in UNFROZEN.items() for parameter in found])
+def test_gradients_are_finite_differences(step_of, name, parameter):
+    sae, x = random_sae(name)
+    module = LossesOf(sae, step_of(name))
+
+    def losses(value):
+        found = torch.func.functional_call(module, {f"sae.{parameter}": value}, (x,))
+        return tuple(getattr(found, term) for term in UNFROZEN[name][parameter])
+
+    assert torch.autograd.gradcheck(losses, getattr(sae, parameter).detach().clone().requires_grad_())
 
 
 class ProductCounter(TorchDispatchMode):

@@ -68,16 +68,51 @@ def assert_equal(output: Path, expected: Path) -> None:
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_train_the_same_weights(trained, tmp_path, size):
     run_gsae(size, ["train", again(trained, tmp_path)])
-    states, wanted = final_states(tmp_path / "runs"), final_states(trained / "runs")
-    for run, tensors in wanted.items():
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point():
-                torch.testing.assert_close(states[run][name], tensor, rtol=0, atol=1e-9)
-            else:
-                assert torch.equal(states[run][name], tensor), f"{run}: {name}"
+    assert_near(tmp_path / "runs", trained / "runs")
     events = [[line for line in run if line["kind"].startswith("resampling")] for run in lines(trained / "runs").values()]
     assert any(event.get("resampled") for run in events for event in run), "no feature was resampled, so the draw was not tested"
     assert events == [[line for line in run if line["kind"].startswith("resampling")] for run in lines(tmp_path / "runs").values()]
+
+    assert steps_taken(tmp_path / "runs") == steps_taken(trained / "runs"), "the ranks' density is the group's, not their own"
+
+
+def steps_taken(output: Path) -> dict[str, list[bool]]:
+    """Whether the sparse step was in use at each log line."""
+    return {run: [line["is_sparse"] for line in found if line["kind"] == "step"] for run, found in lines(output).items()}
+
+
+def test_the_sparse_step_trains_what_the_dense_one_trains(trained, tmp_path):
+    run_gsae(1, ["train", again(trained, tmp_path, sparse_below_density=0)])
+    taken = steps_taken(trained / "runs").values()
+    assert any(True in run and False in run for run in taken), "no run went over to the sparse step"
+    assert not any(True in run for run in steps_taken(tmp_path / "runs").values())
+    assert_near(tmp_path / "runs", trained / "runs")
+    for run, curve in curves(tmp_path / "runs").items():
+        assert curve == [pytest.approx(other, rel=1e-9, abs=1e-9) for other in curves(trained / "runs")[run]]
+
+
+def curves(output: Path) -> dict[str, list[list[float]]]:
+    """The numbers of each run's lines."""
+    return {
+        run: [[value for value in line.values() if type(value) in (int, float)] for line in found] for run, found in lines(output).items()
+    }
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_micro_batches_train_what_whole_batches_train(trained, tmp_path, size):
+    run_gsae(size, ["train", again(trained, tmp_path, micro_batch_rows=13)])
+    assert_near(tmp_path / "runs", trained / "runs")
+
+
+def assert_near(output: Path, expected: Path) -> None:
+    """Weights and optimizer state within 1e-9, counters equal."""
+    states, wanted = final_states(output), final_states(expected)
+    assert states.keys() == wanted.keys()
+    for run, tensors in wanted.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(
+                states[run][name], tensor, rtol=0, atol=1e-9 if tensor.is_floating_point() else 0, msg=f"{run}: {name}"
+            )
 
 
 def test_groups_train_what_one_rank_trains(trained, tmp_path):
@@ -117,10 +152,7 @@ def test_a_run_continues_on_another_number_of_ranks(trained, tmp_path):
     config = again(trained, tmp_path)
     stop_after_some_lines(config, tmp_path / "runs", size=2)
     run_gsae(1, ["train", config])
-    states, wanted = final_states(tmp_path / "runs"), final_states(trained / "runs")
-    for run, tensors in wanted.items():
-        for name, tensor in tensors.items():
-            torch.testing.assert_close(states[run][name], tensor, rtol=0, atol=1e-9 if tensor.is_floating_point() else 0)
+    assert_near(tmp_path / "runs", trained / "runs")
 
 
 def stop_after_some_lines(config: Path, output: Path, size: int) -> None:

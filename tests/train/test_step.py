@@ -1,0 +1,86 @@
+"""One update: micro-batches add up to the batch and bound the memory; the choice between the dense and the sparse step."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gsae.sae.objective import SAE_CLASS, build
+from gsae.train.optim import SAEOptimizer
+from gsae.train.step import TrainingModule, update
+from gsae.world import start
+
+D_MODEL, FEATURES, ROWS = 8, 64, 30
+
+
+@pytest.fixture(scope="module")
+def group():
+    with start("cpu") as world:
+        yield world.group
+
+
+def training_module(name, is_sparse):
+    module = TrainingModule(build(name, D_MODEL, FEATURES, seed=0, dtype=torch.float64), name, auxk=0.0, auxk_features=4)
+    with torch.no_grad():
+        module.sae.gate_bias.sub_(0.5)
+    module.is_sparse = is_sparse
+    return module
+
+
+def updated(group, name, is_sparse, micro_batch_rows):
+    """A step's report and the weights after it; both from the same start."""
+    module = training_module(name, is_sparse)
+    optimizer = SAEOptimizer(module.sae, betas=(0.0, 0.999), eps=1e-8, unit_norm=name != "gated-norm-weighted")
+    x = torch.randn(ROWS, D_MODEL, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    report = update(group.wrap(module), optimizer, x, lambda_=0.2, learning_rate=0.01, micro_batch_rows=micro_batch_rows)
+    return report, module.sae.state_dict()
+
+
+@pytest.mark.parametrize("name", SAE_CLASS)
+@pytest.mark.parametrize("is_sparse", [False, True])
+@pytest.mark.parametrize("micro_batch_rows", [1, 7, 100])
+def test_micro_batches_add_up_to_the_batch(group, name, is_sparse, micro_batch_rows):
+    whole, weights = updated(group, name, is_sparse, None)
+    report, found = updated(group, name, is_sparse, micro_batch_rows)
+    torch.testing.assert_close(report.measures, whole.measures, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(report.gradient.norm, whole.gradient.norm, rtol=1e-12, atol=1e-12)
+    assert torch.equal(report.fired, whole.fired)
+    assert torch.equal(report.opened, whole.opened)
+    for parameter, value in weights.items():
+        torch.testing.assert_close(found[parameter], value, rtol=1e-9, atol=1e-9)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements of any tensor with a dimension of FEATURES that was made, weights apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dim() == 2 and result.shape[1] == FEATURES and result.shape[0] != D_MODEL:
+            self.rows = max(self.rows, result.shape[0])
+        return result
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_micro_batches_bound_the_rows_that_are_in_memory_at_once(group, is_sparse):
+    for micro_batch_rows, expected in ((None, ROWS), (7, 7)):
+        with LargestTensor() as largest:
+            updated(group, "gated", is_sparse, micro_batch_rows)
+        assert largest.rows == expected
+
+
+def test_the_step_is_sparse_below_the_density_and_dense_again_above_five_quarters_of_it():
+    module = training_module("gated", is_sparse=False)
+    taken = []
+    for density in (0.5, 0.1, 0.099, 0.1, 0.124, 0.125, 0.124, 0.1, 0.09):
+        module.choose(density, 0.1)
+        taken.append(module.is_sparse)
+    assert taken == [False, False, True, True, True, False, False, False, True]
+
+
+def test_a_density_of_zero_never_takes_the_sparse_step():
+    module = training_module("gated", is_sparse=False)
+    module.choose(0.0, 0)
+    assert not module.is_sparse
