@@ -4,6 +4,7 @@ Nothing heavy is imported before the arguments are understood, so `--help` answe
 on request, 2 the user's mistake (one line on stderr), 1 a bug (a traceback), 130 interrupted.
 """
 
+import argparse
 import errno
 import os
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 from gsae import __version__
 from gsae.config import Config
@@ -27,6 +29,8 @@ STAGES = {
     "report": "one page, table and plots of finished runs",
     "plan": "disk, memory and steps that a config will need, before anything runs",
     "verify": "check a store or a run directory byte for byte",
+    "export": "write an SAE for use by others: our published form, SAELens, dictionary_learning",
+    "import": "take over an SAE of SAELens or dictionary_learning",
 }
 
 
@@ -74,6 +78,10 @@ def _dispatch(words: list[str]) -> int:
         return _report(rest)
     if stage == "verify":
         return _verify(rest)
+    if stage == "export":
+        return _export(rest)
+    if stage == "import":
+        return _import(rest)
     return _stage_of_config(stage, rest)
 
 
@@ -143,3 +151,53 @@ def _verify(words: list[str]) -> int:
         sys.stdout.write(f"{problem}\n")
     sys.stdout.write(f"{words[0]}: {report.checked}; {len(report.problems) or 'no'} problem{'' if len(report.problems) == 1 else 's'}\n")
     return 2 if report.problems else 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}; {self.format_usage()}")
+
+
+def _export(words: list[str]) -> int:
+    parser = _Parser(
+        prog="gsae export", allow_abbrev=False, description="The scale is folded in; a model card is written beside the weights."
+    )
+    parser.add_argument("run", metavar="RUN", help="a run, a checkpoint, a directory made by gsae, or OWNER/NAME[@REVISION] on the hub")
+    targets = ("gsae", "saelens", "dictionary_learning", "jumprelu")
+    parser.add_argument("--to", required=True, choices=targets, help="the format; jumprelu is SAELens' architecture of that name")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="directory to make; default: exports/FORMAT in the run")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="put it into this repository of the Hugging Face hub, made if need be")
+    parser.add_argument("--private", action="store_true", help="make that repository private")
+    given = _parse(parser, words)
+    if given is None:
+        return 0
+    from gsae.exchange.export import run_export
+
+    exported = run_export(given.run, given.to, output=given.output, push=given.push, private=given.private)
+    sys.stdout.write(f"{exported.directory}\n" + (f"{exported.page}\n" if exported.page else ""))
+    return 0
+
+
+def _import(words: list[str]) -> int:
+    parser = _Parser(prog="gsae import", allow_abbrev=False, description="Only what can be represented exactly is taken over.")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="directory as SAELens or dictionary_learning saved it")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="directory to make, which gsae.load_sae reads")
+    libraries = ("saelens", "dictionary_learning")
+    parser.add_argument("--from", dest="library", choices=libraries, help="whose directory it is; default: told by its files")
+    given = _parse(parser, words)
+    if given is None:
+        return 0
+    from gsae.exchange.importing import run_import
+
+    sys.stdout.write(f"{run_import(given.source, given.output, given.library)}\n")
+    return 0
+
+
+def _parse(parser: _Parser, words: list[str]) -> argparse.Namespace | None:
+    """The arguments; None when help was asked for and given."""
+    if any(word in ("-h", "--help") for word in words):
+        sys.stdout.write(parser.format_help())
+        return None
+    return parser.parse_args(words)

@@ -34,6 +34,8 @@ def test_every_command_has_help(stage, capsys):
         (["report", "--colour", "x"], "gsae report cannot use --colour"),
         (["report", "/nowhere"], "/nowhere"),
         (["verify", "/nowhere"], "/nowhere holds neither"),
+        (["export", "/nowhere", "--to", "gsae"], "/nowhere: no such directory"),
+        (["import", "/nowhere"], "gsae import: the following arguments are required: OUTPUT"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(words, message, capsys):

@@ -59,15 +59,6 @@ def test_the_sparse_step_equals_the_dense_one(name, batch, dtype, in_bfloat16):
             assert_near(found_gradients[parameter], gradient, dtype, parameter)
 
 
-@pytest.mark.parametrize("name", SAE_CLASS)
-def test_a_gradient_lies_in_memory_as_its_parameter_does(name):
-    """Adam's fused kernel and DDP's buckets walk both together."""
-    sae, x = sae_and_rows(name, "random", torch.float32)
-    for step in (objective(name), sparse_objective(name)):
-        for parameter, gradient in gradients(sae, step, x)[1].items():
-            assert gradient.stride() == getattr(sae, parameter).stride()
-
-
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("in_bfloat16", [False, True])
 def test_a_row_that_is_not_finite_is_not_hidden(value, in_bfloat16):

@@ -1,0 +1,89 @@
+"""Finding an SAE. In: what a user calls it. Out: the SAE as it is stored, with all that is known of it.
+
+A path may be a run directory (its newest checkpoint), a checkpoint, a directory that `gsae export` or `gsae import` made, or
+`owner/name[@revision]` on the Hugging Face hub.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gsae.errors import CheckpointError
+from gsae.exchange import hub
+from gsae.exchange.provenance import provenance
+from gsae.sae.folded import FOLDED_KEY
+from gsae.sae.foreign import FILES
+from gsae.sae.formats import DESCRIPTION_FILE, WEIGHTS_FILE, read_sae
+from gsae.sae.objective import SAE
+from gsae.store.runs import RUN_FILE, checkpoints, find_runs
+
+OF_THE_FILE = ("format", "sha256")
+"""Keys of sae.json that speak of the file, not of the SAE."""
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A stored SAE."""
+
+    sae: SAE
+    """As it is stored: the scale not folded in unless the description says so."""
+    description: dict[str, Any]
+    """What its sae.json says; for a checkpoint also what its run knows (see `gsae.exchange.provenance`)."""
+    run: Path | None
+    """The run directory it belongs to."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type it is stored in."""
+        return self.sae.b_dec.dtype
+
+
+def find_sae(path: str | Path) -> Source:
+    """Read the SAE that `path` names, onto the CPU.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it is another library's.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return _read(local)
+    if local.exists():
+        raise CheckpointError(f"{path} is a file; give the directory with {WEIGHTS_FILE} and {DESCRIPTION_FILE}")
+    name, _, revision = str(path).partition("@")
+    if not hub.NAME.fullmatch(name):
+        raise CheckpointError(
+            f"{path}: no such directory; give a run, a checkpoint, a directory that gsae export made, or OWNER/NAME[@REVISION] on the hub"
+        )
+    directory = hub.download(name, revision or None, (WEIGHTS_FILE, DESCRIPTION_FILE))
+    if not (directory / DESCRIPTION_FILE).exists():
+        raise CheckpointError(f"{path} on the hub holds no {DESCRIPTION_FILE}; fetch it with `hf download {name}` and use gsae import")
+    return _read(directory)
+
+
+def _read(directory: Path) -> Source:
+    if (directory / RUN_FILE).exists():
+        found = checkpoints(directory)
+        if not found:
+            raise CheckpointError(f"run {directory} has no checkpoint yet; run gsae train with its config first")
+        directory = found[-1].path
+    elif not (directory / DESCRIPTION_FILE).exists():
+        raise CheckpointError(f"{directory} holds no {DESCRIPTION_FILE}; {_what_it_is(directory)}")
+    saved = read_sae(directory)
+    run = directory.resolve().parent.parent
+    run_of_it = run if (run / RUN_FILE).exists() and directory.resolve().parent.name == "checkpoints" else None
+    description = dict(saved.description)
+    if run_of_it is not None and not description.get(FOLDED_KEY):
+        description |= provenance(run_of_it, saved.description)
+    return Source(saved.sae, {key: value for key, value in description.items() if key not in OF_THE_FILE}, run_of_it)
+
+
+def _what_it_is(directory: Path) -> str:
+    for library, (weights, _) in FILES.items():
+        if (directory / weights).exists():
+            return f"it is {library}'s: make it ours with `gsae import {directory} OUTPUT`"
+    runs = find_runs(directory)
+    if runs:
+        return f"it holds {len(runs)} runs: give one of them, such as {runs[0]}"
+    return "give a run, a checkpoint, or a directory that gsae export made"
