@@ -16,7 +16,7 @@ from gsae.llm.site import resolve_sites
 from gsae.train.plan import BankSpec, StoreOutline, plan_banks
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-FEATURE_TENSORS = 6
+FEATURE_TENSORS = 7
 """Tensors of rows x features that a dense gated step holds at once."""
 STATE_COPIES = 4
 """Weights, gradient, and Adam's two moments."""
@@ -71,13 +71,14 @@ def budget(config: Config) -> Budget:
 def _bank_bytes(config: Config, info: LLMInfo, bank: BankSpec, site_bytes: int) -> int:
     """Memory of a bank on one rank.
 
-    Each run's state, the largest run's rows x features, and two windows for each of two streams: training's, and that of a
-    resampling event.
+    Each run's state, the largest run's rows x features in the dense step that training begins with, and two windows for each of two
+    streams: training's, and that of a resampling event.
     """
     number = BYTES[config.train.dtype]
     widths = [run.num_features for run in bank.runs]
     parameters = sum(2 * info.d_model * width + 3 * width + info.d_model for width in widths)
-    features = FEATURE_TENSORS * config.train.batch_rows * max(widths) * number
+    rows = min(config.train.batch_rows, config.train.micro_batch_rows or config.train.batch_rows)
+    features = FEATURE_TENSORS * rows * max(widths) * number
     window = min(config.train.window_rows * info.d_model * BYTES[config.harvest.storage_dtype], site_bytes)
     return STATE_COPIES * parameters * number + features + 4 * window
 

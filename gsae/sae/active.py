@@ -18,11 +18,11 @@ from torch.nn.functional import embedding_bag
 # Said once a process, and not to our users: the layout is stable enough for the two products that need it.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
 
-PIECE_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
+BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
 """Elements of rows x features that are in memory at once while the active set is looked for."""
 BFLOAT16_ERROR = 2.0**-7 * 1.03
-"""Bound of |bfloat16(u) . bfloat16(v) - u . v| / (|u| |v|), summed in float32: two roundings of relative error 2^-8, and room for the
-roundings of the bound itself."""
+"""Bound of |bfloat16(u) . bfloat16(v) - u . v| / (|u| |v|) in exact sums: two roundings of relative error 2^-8, and room for those of
+the bound itself. Sums of n terms in float32 add at most n 2^-24."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +74,8 @@ class ActiveSet:
         return found
 
     def feature_totals(self, values: Float[Tensor, " entries"]) -> Float[Tensor, " features"]:
-        """The sum of each feature's values."""
-        return values.new_zeros(self.num_features).index_add_(0, self.feature, values)
+        """The sum of each feature's values, always in the same order."""
+        return self.sums_over_rows(values, values.new_ones(self.num_rows, 1)).squeeze(1)
 
     def feature_counts(self, chosen: Tensor | None = None) -> Int[Tensor, " features"]:
         """The number of each feature's entries, or of those that the boolean `chosen` (entries) marks."""
@@ -92,9 +92,9 @@ def find_active(
 ) -> ActiveSet:
     """The entries where x . encoder + bias > 0, from one dense product.
 
-    In bfloat16 the product only proposes entries: the bound of its error is added to it, so that none is missed, and the values of
-    the proposed ones are computed anew in the type of `x`, which decides. The result is that of the exact product, at the speed of
-    the inexact one.
+    In bfloat16 the product only proposes entries: the bound of its error is added to it, so that none is missed (among normal numbers:
+    bfloat16 kernels take subnormal ones for 0), and the values of the proposed ones are computed anew in the type of `x`, which
+    decides. The result is that of the exact product, at the speed of the inexact one. A NaN is never less than 0: it is an entry.
 
     Args:
         x: rows, less b_dec.
@@ -103,22 +103,22 @@ def find_active(
         in_bfloat16: whether the dense product is in bfloat16.
     """
     if not in_bfloat16:
-        return _at_positions(len(x), len(bias), *_scan(x, encoder, lambda products: products > -bias))
+        return _at_positions(len(x), len(bias), *_scan(x, encoder, lambda products: ~(products <= -bias)))
     with _sums_in_float32():
         positions, _ = _scan(_bounded_rows(x), _bounded_directions(encoder, bias), torch.relu_)
     proposed = _at_positions(len(x), len(bias), positions, x.new_empty(0))
     a = proposed.products(x, encoder.T)
-    is_on = a + bias[proposed.feature] > 0
+    is_on = ~(a <= -bias[proposed.feature])
     return ActiveSet(len(x), len(bias), proposed.row[is_on], proposed.feature[is_on], a[is_on])
 
 
 def _scan(rows: Tensor, directions: Tensor, keep: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Flat positions in rows x features where `keep` of the products is not 0, and the products there, one piece of the rows at a time."""
+    """Flat positions in rows x features where `keep` of the products is not 0, and the products there, one block of rows at a time."""
     num_features = directions.shape[1]
-    piece_rows = max(1, PIECE_ELEMENTS[rows.device.type] // num_features)
+    block_rows = max(1, BLOCK_ELEMENTS[rows.device.type] // num_features)
     positions, values = [], []
-    for start in range(0, len(rows), piece_rows):
-        products = rows[start : start + piece_rows] @ directions
+    for start in range(0, len(rows), block_rows):
+        products = rows[start : start + block_rows] @ directions
         found = _nonzero(keep(products))
         positions.append(found + start * num_features)
         values.append(products.flatten()[found])
@@ -157,7 +157,7 @@ def _bounded_directions(encoder: Tensor, bias: Tensor) -> Tensor:
     for column in (-4, -3, -2):
         directions[:, column] = rest
         rest = rest - directions[:, column].to(rest.dtype)
-    directions[:, -1] = BFLOAT16_ERROR * torch.linalg.vector_norm(encoder, dim=0)
+    directions[:, -1] = (BFLOAT16_ERROR + directions.shape[1] * 2.0**-24) * torch.linalg.vector_norm(encoder, dim=0)
     return directions.T
 
 
@@ -181,4 +181,4 @@ def _offsets(index: Tensor, count: int) -> Tensor:
 
 
 def _weighted_sums(index: Tensor, offsets: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
-    return embedding_bag(index, vectors, offsets, mode="sum", per_sample_weights=values, include_last_offset=True)
+    return embedding_bag(index, vectors.detach(), offsets, mode="sum", per_sample_weights=values, include_last_offset=True)

@@ -49,10 +49,10 @@ def sparse_objective(name: ObjectiveName, *, in_bfloat16: bool | None = None) ->
     """
 
     def step(sae: SAE, x: Float[Tensor, "rows d_model"]) -> Forward:
-        magnitude = (sae.r_mag, sae.b_mag) if isinstance(sae, GatedSAE) else (None, None)
+        magnitude_parameters = (sae.r_mag, sae.b_mag) if isinstance(sae, GatedSAE) else (None, None)
         is_proposed = in_bfloat16 if in_bfloat16 is not None else x.dtype == torch.float32 and _is_quick_at_bfloat16(x.device)
         reconstruction, sparsity, auxiliary, x_hat, fired, opened = _SparseStep.apply(  # type: ignore[no-untyped-call]
-            _TERMS[name], is_proposed, x, sae.encoder, sae.gate_bias, *magnitude, sae.W_dec, sae.b_dec
+            _TERMS[name], is_proposed, x, sae.encoder, sae.gate_bias, *magnitude_parameters, sae.W_dec, sae.b_dec
         )
         return Forward(Losses(reconstruction, sparsity, auxiliary), x_hat, fired, opened)
 
@@ -98,17 +98,17 @@ class _SparseStep(torch.autograd.Function):
         centred = x - b_dec
         active = find_active(centred, encoder, gate_bias, in_bfloat16=in_bfloat16)
         g = active.a + gate_bias[active.feature]
-        f, magnitude = g, None
+        f, ratio = g, None
         if r_mag is not None and b_mag is not None:
-            magnitude = torch.exp(r_mag)[active.feature]
-            f = torch.relu(magnitude * active.a + b_mag[active.feature])
+            ratio = torch.exp(r_mag)[active.feature]
+            f = torch.relu(ratio * active.a + b_mag[active.feature])
         error = active.sums_over_features(f, W_dec) - centred
         gate_error = None if terms.auxiliary == "none" else active.sums_over_features(g, W_dec) - centred
         norms = torch.linalg.vector_norm(W_dec, dim=1) if terms.weighs_norms else None
         opened = active.feature_counts()
-        fired = opened if magnitude is None else active.feature_counts(f > 0)
+        fired = opened if ratio is None else active.feature_counts(f > 0)
         ctx.terms, ctx.active, ctx.norms = terms, active, norms
-        ctx.save_for_backward(centred, encoder, W_dec, f, g, magnitude, error, gate_error)
+        ctx.save_for_backward(centred, encoder, W_dec, f, g, ratio, error, gate_error)
         losses = (
             error.square().sum(dim=1).mean(),
             (g if norms is None else g * norms[active.feature]).sum() / len(x),
@@ -122,7 +122,7 @@ class _SparseStep(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, reconstruction: Tensor, sparsity: Tensor, auxiliary: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the parameters, given those of the three losses."""
-        centred, encoder, W_dec, f, g, magnitude, error, gate_error = ctx.saved_tensors
+        centred, encoder, W_dec, f, g, ratio, error, gate_error = ctx.saved_tensors
         active, norms, num_rows = ctx.active, ctx.norms, len(centred)
         error = error * (2 / num_rows * reconstruction)
         penalty = sparsity / num_rows
@@ -136,13 +136,14 @@ class _SparseStep(torch.autograd.Function):
             dW_dec += active.sums_over_rows(g, gate_error)
             db_dec += gate_error.sum(dim=0)
         if norms is not None:
-            dW_dec.addcmul_((penalty * active.feature_totals(g) / norms)[:, None], W_dec)
+            totals = torch.where(norms > 0, penalty * active.feature_totals(g) / norms, 0.0)
+            dW_dec.addcmul_(totals[:, None], W_dec)
         dr_mag = db_mag = None
-        if magnitude is None:
+        if ratio is None:
             da = dg = dg + df
         else:
             df = torch.where(f > 0, df, 0.0)
-            scaled = df * magnitude
+            scaled = df * ratio
             da = scaled + dg
             dr_mag, db_mag = active.feature_totals(scaled * active.a), active.feature_totals(df)
         db_dec -= encoder @ active.feature_totals(da)

@@ -212,6 +212,7 @@ class Resample:
         )
         if done.resampled:
             run.event_step, run.resampled = bank.step, done.features
+            run.training.is_sparse = False  # new gates may be open on half of all rows
         if done.refused is None:
             run.firing.start_interval()
         values = {"dead": done.dead, "resampled": done.resampled, "dead_rows": done.dead_rows, "candidate_rows": done.candidate_rows}

@@ -10,7 +10,7 @@ from gsae.errors import ConfigError
 from gsae.llm.site import resolve_site
 from gsae.store.manifest import Manifest, fingerprint
 
-RUN_FORMAT = 1
+RUN_FORMAT = 2
 T = TypeVar("T")
 FREE_SETTINGS = (
     *("sweeps", "sites", "learning_rate", "learning_rates"),  # what they mean for a run stands in its RunSpec
@@ -158,7 +158,8 @@ def describe_run(spec: RunSpec, bank: BankSpec, config: Config, manifest: Manife
     train = asdict(config.train)
     settings = {key: value for key, value in train.items() if key not in FREE_SETTINGS}
     if not spec.resampling:
-        del settings["resampling"]
+        # Without resampling only the AuxK term asks which features are dead.
+        settings["resampling"] = {"dead_after_rows": config.train.resampling.dead_after_rows} if spec.auxk else {}
     own = {("lambda" if key == "lambda_" else key): value for key, value in asdict(spec).items()}
     length = {"total_steps": bank.total_steps, "batch_rows": bank.batch_rows}
     described = {"format": RUN_FORMAT, **own, **length, "store_fingerprint": manifest.fingerprint, "settings": settings}

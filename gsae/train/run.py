@@ -6,6 +6,7 @@ ended, and does nothing where there is nothing left to do.
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gsae.config import Config
 from gsae.console import Console, open_console
@@ -66,14 +67,24 @@ def _prepare_directories(config: Config, manifest: Manifest, banks: list[BankSpe
     wanted = {output / bank.site / spec.name: describe_run(spec, bank, config, manifest) for bank in banks for spec in bank.runs}
     new = {directory: run for directory, run in wanted.items() if not (directory / RUN_FILE).exists()}
     for directory, run in wanted.items():
-        difference = None if directory in new else find_difference(read_run(directory), run)
-        if difference:
-            raise CheckpointError(f"run {directory} was trained with {difference}; give output another directory, or restore the setting")
+        if directory not in new:
+            _require_same(directory, read_run(directory), run)
     for directory, run in new.items():
         make_directory(directory)
         (directory / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         write_json_atomically(directory / RUN_FILE, run)
     (output / STOPPED_FILE).unlink(missing_ok=True)
+
+
+def _require_same(directory: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if there.get("format") != wanted["format"]:
+        raise CheckpointError(
+            f"run {directory} was begun by another version of gsae (run format {there.get('format')}, this one has {wanted['format']}); "
+            "finish it with that version, or give output another directory"
+        )
+    difference = find_difference(there, wanted)
+    if difference:
+        raise CheckpointError(f"run {directory} was trained with {difference}; give output another directory, or restore the setting")
 
 
 def _train_bank(config: Config, manifest: Manifest, spec: BankSpec, world: World, console: Console, request: StopRequest) -> bool:

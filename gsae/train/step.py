@@ -86,7 +86,7 @@ def update(
     learning_rate: float,
     micro_batch_rows: int | None,
 ) -> StepReport:
-    """Forward, backward, clip, update; nothing here waits for the device.
+    """Forward, backward, clip, update. Only the sparse step waits for the device: for the number of active entries.
 
     Args:
         module: a TrainingModule under DDP.
@@ -97,13 +97,13 @@ def update(
         micro_batch_rows: rows to have in memory as rows x features at once; their gradients add up to the batch's. None takes all.
     """
     optimizer.zero_grad()
-    pieces = torch.split(x, micro_batch_rows or len(x))
+    micro_batches = torch.split(x, micro_batch_rows or len(x))
     measures = torch.zeros(4, dtype=torch.float64, device=x.device)
     fired = opened = None
-    for number, piece in enumerate(pieces, start=1):
-        share = len(piece) / len(x)
-        with nullcontext() if number == len(pieces) else without_sum(module):
-            output: StepOutput = module(piece, lambda_)
+    for number, rows in enumerate(micro_batches, start=1):
+        share = len(rows) / len(x)
+        with nullcontext() if number == len(micro_batches) else without_sum(module):
+            output: StepOutput = module(rows, lambda_)
             torch.autograd.backward(output.total * share)
         losses = (output.losses.reconstruction, output.losses.sparsity, output.losses.auxiliary, output.auxk)
         measures += share * torch.stack([loss.detach().double() for loss in losses])

@@ -37,9 +37,9 @@ def test_entries_are_where_the_gate_is_open_in_order(in_bfloat16, dtype, num_fea
     assert found.row_offsets.tolist() == [sum(row < each for row, _ in entries(found)) for each in range(ROWS + 1)]
 
 
-def test_pieces_change_nothing(monkeypatch):
+def test_blocks_of_rows_change_nothing(monkeypatch):
     x, encoder, bias = drawn(ROWS, D_MODEL), drawn(D_MODEL, FEATURES, seed=1), drawn(FEATURES, seed=2)
-    monkeypatch.setitem(active.PIECE_ELEMENTS, "cpu", 7 * FEATURES)
+    monkeypatch.setitem(active.BLOCK_ELEMENTS, "cpu", 7 * FEATURES)
     assert entries(find_active(x, encoder, bias)) == expected(x, encoder, bias)
 
 
@@ -104,7 +104,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("in_bfloat16", [False, True])
 def test_rows_times_features_are_never_in_memory_together(monkeypatch, in_bfloat16):
     x, encoder, bias = drawn(64, 4), drawn(4, 256, seed=1), torch.full((256,), -6.0, dtype=torch.float64)
-    monkeypatch.setitem(active.PIECE_ELEMENTS, "cpu", 8 * 256)
+    monkeypatch.setitem(active.BLOCK_ELEMENTS, "cpu", 8 * 256)
     with LargestTensor() as largest:
         find_active(x, encoder, bias, in_bfloat16=in_bfloat16)
     assert largest.elements == 8 * 256

@@ -67,6 +67,23 @@ def test_a_row_that_is_not_finite_is_not_hidden(value, in_bfloat16):
     assert not sparse_objective("gated", in_bfloat16=in_bfloat16)(sae, x).losses.reconstruction.isfinite()
 
 
+@pytest.mark.parametrize("parameter", ["W_gate", "b_gate", "W_dec"])
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+def test_a_weight_that_is_not_finite_is_not_hidden(parameter, in_bfloat16):
+    sae, x = sae_and_rows("gated", "all on", torch.float32)
+    with torch.no_grad():
+        getattr(sae, parameter)[..., 3] = torch.nan
+    assert sparse_objective("gated", in_bfloat16=in_bfloat16)(sae, x).losses.total(0.1).isnan()
+
+
+def test_a_direction_of_zeros_has_a_gradient():
+    sae, x = sae_and_rows("gated-norm-weighted", "all on", torch.float64)
+    with torch.no_grad():
+        sae.W_dec[4] = 0
+    wanted = gradients(sae, objective("gated-norm-weighted"), x)[1]["W_dec"]
+    assert_near(gradients(sae, sparse_objective("gated-norm-weighted"), x)[1]["W_dec"], wanted, torch.float64, "W_dec")
+
+
 def test_a_result_does_not_change_from_call_to_call():
     sae, x = sae_and_rows("gated", "random", torch.float32)
     step = sparse_objective("gated", in_bfloat16=True)
@@ -78,11 +95,14 @@ def test_a_result_does_not_change_from_call_to_call():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", SAE_CLASS)
 @pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("in_bfloat16", [False, True])
-def test_cuda_gives_what_the_cpu_gives(name, batch, in_bfloat16):
-    sae, x = sae_and_rows(name, batch, torch.float64)
+def test_cuda_gives_what_the_cpu_gives(name, batch, dtype, in_bfloat16):
+    sae, x = sae_and_rows(name, batch, dtype)
     wanted = gradients(sae, objective(name), x)[1]
-    found = gradients(sae.cuda(), sparse_objective(name, in_bfloat16=in_bfloat16), x.cuda())[1]
+    step = sparse_objective(name, in_bfloat16=in_bfloat16)
+    found, again = (gradients(sae.cuda(), step, x.cuda())[1] for _ in range(2))
+    assert all(torch.equal(found[parameter], again[parameter]) for parameter in found), "an exact resume needs the same bits"
     for parameter, gradient in wanted.items():
         assert_near(
             found[parameter].cpu(), torch.zeros_like(found[parameter].cpu()) if gradient is None else gradient, torch.float64, parameter

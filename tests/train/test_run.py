@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -250,6 +251,18 @@ def test_decoder_rows_end_at_norm_1(trained, tmp_path, objective):
     run_gsae(1, ["train", again(trained, tmp_path, sweeps=sweeps, total_rows=6400)])
     (tensors,) = final_states(tmp_path / "runs").values()
     assert (tensors["W_dec"].norm(dim=1) - 1).abs().max() < 1e-6
+
+
+def test_a_run_of_another_version_is_not_continued(trained, tmp_path):
+    config = again(trained, tmp_path)
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    path = find_runs(tmp_path / "runs")[0] / "run.json"
+    run = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in run.items() if key != "auxk"} | {"format": 1}))
+    with started(1, gsae, "train", str(config)) as ranks:
+        assert ranks.wait() == [2]
+        assert "was begun by another version of gsae (run format 1, this one has 2)" in ranks.output()
+    assert final_states(tmp_path / "runs").keys() == final_states(trained / "runs").keys()
 
 
 @pytest.mark.parametrize(
