@@ -81,7 +81,7 @@ def our_step(case: Case, group: Group, objective: ObjectiveName = "gated", *, is
         sae.W_gate.copy_(case.directions.T)
         sae.b_gate.fill_(case.gate_bias)
         sae.b_dec.copy_(case.mean)
-    module = TrainingModule(sae, objective, auxk=0.0, auxk_features=1)
+    module = TrainingModule(sae, objective)
     module.is_sparse = is_sparse
     optimizer = SAEOptimizer(sae, betas=(0.0, 0.999), eps=1e-8, unit_norm=objective in UNIT_NORM)
     wrapped = group.wrap(module)

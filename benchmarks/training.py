@@ -49,7 +49,7 @@ def ours(options: argparse.Namespace, mean: Tensor, total_steps: int, group: Gro
     sae = build("gated", len(mean), options.features, seed=0)
     with torch.no_grad():
         sae.b_dec.copy_(mean)
-    module = TrainingModule(sae, "gated", auxk=0.0, auxk_features=1)
+    module = TrainingModule(sae, "gated")
     wrapped = group.wrap(module)
     optimizer = SAEOptimizer(sae, betas=config.adam_betas, eps=config.adam_eps, unit_norm=True)
 

@@ -143,9 +143,9 @@ class SweepConfig:
     """Seeds of the initial weights and of the resampling draws (the order of the data is train.seed's)."""
     resampling: bool = False
     """Whether dead features are resampled at the events of train.resampling."""
-    auxk: float = 0.0
-    """Weight of the AuxK term, by which dead features learn to explain the error, instead of resampling (Gao et al. 2024: 1/32);
-    0 leaves it out."""
+    pre_activation_loss: float = 0.0
+    """Weight, in multiples of lambda, of a loss that pulls at the closed gates of dead features (Anthropic, January 2025): an
+    alternative to resampling, e.g. 0.03; 0 leaves it out."""
     learning_rate: float | None = None
     """Adam's step size for these runs; null takes the site's (train.learning_rates) or train.learning_rate."""
 
@@ -163,7 +163,10 @@ class SweepConfig:
         _require(len(self.seeds) > 0, "train.sweeps: seeds is empty; give at least one")
         rate = self.learning_rate
         _require(rate is None or 0 < rate < inf, f"train.sweeps: learning_rate is {rate}; give a positive number, or null")
-        _require(0 <= self.auxk < inf, f"train.sweeps: auxk is {self.auxk}; give a weight of at least 0")
+        _require(
+            0 <= self.pre_activation_loss < inf,
+            f"train.sweeps: pre_activation_loss is {self.pre_activation_loss}; give a weight of at least 0",
+        )
         _require(
             not (self.resampling and self.objective == "gated-norm-weighted"),
             "train.sweeps: gated-norm-weighted has no unit-norm decoder to resample into; set resampling: false",
@@ -288,8 +291,6 @@ class TrainConfig:
     1.25 times that. 0 always takes the dense one. Both give the same losses and gradients."""
     micro_batch_rows: int | None = None
     """Rows of a rank's part of the batch that are computed at once, which bounds the memory of rows x features; null takes all."""
-    auxk_features: int | None = None
-    """Dead features a row in the AuxK term of the sweeps that have one; null takes half of d_model."""
 
     def __post_init__(self) -> None:
         for name in ("total_rows", "batch_rows", "window_rows", "groups", "log_every_steps", "keep_checkpoints"):
@@ -299,9 +300,8 @@ class TrainConfig:
             _require(0 < rate < inf, f"train.{name} is {rate}; give a positive number")
         _require(all(0 <= beta < 1 for beta in self.adam_betas), f"train.adam_betas is {self.adam_betas}; give two numbers in [0, 1)")
         _require(self.adam_eps > 0, f"train.adam_eps is {self.adam_eps}; give a positive number")
-        for name in ("micro_batch_rows", "auxk_features"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"train.{name} is {value}; give a positive number, or null")
+        micro = self.micro_batch_rows
+        _require(micro is None or micro >= 1, f"train.micro_batch_rows is {micro}; give a positive number, or null")
         density = self.sparse_below_density
         _require(0 <= density <= 1, f"train.sparse_below_density is {density}; give a share between 0 and 1")
         clip = self.clip_gradient_norm

@@ -164,7 +164,7 @@ def make_run(spec: RunSpec, directory: Path, config: TrainConfig, site: SiteMani
         unit_norm=spec.objective in UNIT_NORM,
         clip_gradient_norm=config.clip_gradient_norm,
     )
-    training = TrainingModule(sae, spec.objective, spec.auxk, config.auxk_features or spec.d_model // 2)
+    training = TrainingModule(sae, spec.objective, spec.pre_activation_loss)
     firing, meter = FiringCounter(spec.num_features, group.device), Meter(group.device)
     return Run(spec, directory, sae, training, group.wrap(training), optimizer, firing, meter)
 

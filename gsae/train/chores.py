@@ -99,7 +99,8 @@ class Log:
         measured = {name: value for name, value in asdict(reading).items() if name != "non_finite_step"}
         settings = {"learning_rate": bank.learning_rate(run, last), "lambda": lambda_}
         times = {"rows_per_second": rows_per_second, "seconds": run.seconds}
-        loss = reading.reconstruction + lambda_ * reading.sparsity + reading.auxiliary + run.spec.auxk * reading.auxk
+        penalty = reading.sparsity + run.spec.pre_activation_loss * reading.pre_activation
+        loss = reading.reconstruction + lambda_ * penalty + reading.auxiliary
         measured |= {"loss": loss, "fvu": fvu, "is_sparse": run.training.is_sparse}
         write_metrics(bank, run, "step", {**measured, **asdict(dead), **settings, **times})
         self._show(bank, run, reading, fvu, dead, rows_per_second)
@@ -147,7 +148,7 @@ class Log:
 
 
 class ChooseStep:
-    """Dense or sparse step by the density over all ranks, and for the AuxK term which features are dead."""
+    """Dense or sparse step by the density over all ranks, and for the pre-activation loss which features are dead."""
 
     def is_due(self, bank: Bank) -> bool:
         """At fixed steps, so that a resumed run decides alike."""
@@ -158,7 +159,7 @@ class ChooseStep:
         for run in bank.active_runs:
             num_open = int(bank.group.reduce(run.num_open, "sum"))
             run.training.choose(num_open / (bank.spec.batch_rows * run.spec.num_features), bank.config.sparse_below_density)
-            if run.spec.auxk:
+            if run.spec.pre_activation_loss:
                 run.firing.synchronise(bank.group)
                 dead_rows = resample.dead_after(bank.config.resampling, bank.spec.total_rows, 0)
                 run.training.dead = run.firing.dead(dead_rows).nonzero().flatten()

@@ -15,8 +15,8 @@ class Reading:
     reconstruction: float
     sparsity: float
     auxiliary: float
-    auxk: float
-    """The AuxK term, before its weight; 0 where the run has none or no feature is dead."""
+    pre_activation: float
+    """The pre-activation loss of dead features, before its weight; 0 where the run has none or no feature is dead."""
     l0: float
     """Features on per row."""
     gradient_norm: float
@@ -45,5 +45,5 @@ class Meter:
         *sums, steps = group.reduce(self._sums, "sum").tolist()
         first = int(self._non_finite_step)
         self._sums.zero_()
-        reconstruction, sparsity, auxiliary, auxk, l0, gradient_norm = (value / steps for value in sums)
-        return Reading(reconstruction, sparsity, auxiliary, auxk, l0, gradient_norm, first if first >= 0 else None)
+        reconstruction, sparsity, auxiliary, pre_activation, l0, gradient_norm = (value / steps for value in sums)
+        return Reading(reconstruction, sparsity, auxiliary, pre_activation, l0, gradient_norm, first if first >= 0 else None)

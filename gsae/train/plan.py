@@ -28,8 +28,8 @@ class RunSpec:
     layer: int
     objective: ObjectiveName
     resampling: bool
-    auxk: float
-    """Weight of the AuxK term; 0 leaves it out."""
+    pre_activation_loss: float
+    """Weight of the pre-activation loss of dead features, in multiples of lambda; 0 leaves it out."""
     d_model: int
     num_features: int
     lambda_: float
@@ -121,7 +121,8 @@ def _by_site(values: Mapping[str | int, T], store: StoreOutline, setting: str) -
 
 def _runs_of_sweep(config: Config, sweep: SweepConfig, site: str, store: StoreOutline, learning_rate: float) -> Iterator[RunSpec]:
     own = _by_site(sweep.lambdas, store, "train.sweeps.lambdas")
-    kind = sweep.objective + ("-resampled" if sweep.resampling else "") + (f"-auxk{sweep.auxk:g}" if sweep.auxk else "")
+    weight = f"-preact{sweep.pre_activation_loss:g}" if sweep.pre_activation_loss else ""
+    kind = sweep.objective + ("-resampled" if sweep.resampling else "") + weight
     rate_of_its_own = "" if sweep.learning_rate is None else f"-r{sweep.learning_rate:g}"
     for expansion in sweep.expansions:
         num_features = round(expansion * store.d_model)
@@ -135,7 +136,7 @@ def _runs_of_sweep(config: Config, sweep: SweepConfig, site: str, store: StoreOu
                     layer=store.layers[site],
                     objective=sweep.objective,
                     resampling=sweep.resampling,
-                    auxk=sweep.auxk,
+                    pre_activation_loss=sweep.pre_activation_loss,
                     d_model=store.d_model,
                     num_features=num_features,
                     lambda_=lambda_,
@@ -158,8 +159,8 @@ def describe_run(spec: RunSpec, bank: BankSpec, config: Config, manifest: Manife
     train = asdict(config.train)
     settings = {key: value for key, value in train.items() if key not in FREE_SETTINGS}
     if not spec.resampling:
-        # Without resampling only the AuxK term asks which features are dead.
-        settings["resampling"] = {"dead_after_rows": config.train.resampling.dead_after_rows} if spec.auxk else {}
+        # Without resampling only the pre-activation loss asks which features are dead.
+        settings["resampling"] = {"dead_after_rows": config.train.resampling.dead_after_rows} if spec.pre_activation_loss else {}
     own = {("lambda" if key == "lambda_" else key): value for key, value in asdict(spec).items()}
     length = {"total_steps": bank.total_steps, "batch_rows": bank.batch_rows}
     described = {"format": RUN_FORMAT, **own, **length, "store_fingerprint": manifest.fingerprint, "settings": settings}

@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gsae.config import ObjectiveName
-from gsae.sae.auxk import auxk_loss
 from gsae.sae.objective import SAE, Losses, objective
+from gsae.sae.pre_activation import pre_activation_loss
 from gsae.sae.sparse import sparse_objective
 from gsae.train.optim import GradientReport, SAEOptimizer
 from gsae.world import without_sum
@@ -28,8 +28,8 @@ class StepOutput:
     total: Float[Tensor, ""]
     losses: Losses
     """Means over the rows."""
-    auxk: Float[Tensor, ""]
-    """The AuxK term, before its weight."""
+    pre_activation: Float[Tensor, ""]
+    """The pre-activation loss of dead features, before its weight."""
     fired: Int[Tensor, " features"]
     """Rows at which each feature was on."""
     opened: Int[Tensor, " features"]
@@ -43,7 +43,7 @@ class StepReport:
     num_rows: int
     """Rows of this rank."""
     measures: Float[Tensor, "4"]
-    """Reconstruction, sparsity, auxiliary and AuxK loss, means over this rank's rows, in float64."""
+    """Reconstruction, sparsity, auxiliary and pre-activation loss, means over this rank's rows, in float64."""
     fired: Int[Tensor, " features"]
     opened: Int[Tensor, " features"]
     gradient: GradientReport
@@ -52,25 +52,25 @@ class StepReport:
 class TrainingModule(nn.Module):
     """An SAE with its loss inside `forward`, so that DDP sees the whole step."""
 
-    def __init__(self, sae: SAE, objective_name: ObjectiveName, auxk: float, auxk_features: int) -> None:
-        """`auxk` is the weight of the AuxK term, `auxk_features` the number of dead features it takes a row."""
+    def __init__(self, sae: SAE, objective_name: ObjectiveName, pre_activation_weight: float = 0.0) -> None:
+        """`pre_activation_weight` is the weight of the pre-activation loss of dead features, in multiples of lambda."""
         super().__init__()
         self.sae = sae
         self.is_sparse = False
         """Whether `forward` takes the sparse step."""
         self.dead = torch.zeros(0, dtype=torch.int64, device=sae.b_dec.device)
-        """The features that the AuxK term counts as dead."""
+        """The features that the pre-activation loss counts as dead."""
         self._dense, self._sparse = objective(objective_name), sparse_objective(objective_name)
-        self._auxk, self._auxk_features = auxk, auxk_features
+        self._pre_activation_weight = pre_activation_weight
 
     def forward(self, x: Float[Tensor, "rows d_model"], lambda_: float) -> StepOutput:
-        """The loss on scaled rows: L + auxk L_auxk."""
+        """The loss on scaled rows: L + weight lambda L_pre_activation."""
         result = (self._sparse if self.is_sparse else self._dense)(self.sae, x)
-        total, auxk = result.losses.total(lambda_), x.new_zeros(())
-        if self._auxk and len(self.dead):
-            auxk = auxk_loss(self.sae, x, result.x_hat, self.dead, self._auxk_features)
-            total = total + self._auxk * auxk
-        return StepOutput(total, result.losses, auxk, result.fired, result.opened)
+        total, pre_activation = result.losses.total(lambda_), x.new_zeros(())
+        if self._pre_activation_weight and len(self.dead):
+            pre_activation = pre_activation_loss(self.sae, x, self.dead)
+            total = total + self._pre_activation_weight * lambda_ * pre_activation
+        return StepOutput(total, result.losses, pre_activation, result.fired, result.opened)
 
     def choose(self, density: float, sparse_below_density: float) -> None:
         """Take the sparse step from now on where the density, the share of gates that are open, is low, the dense one where it is high."""
@@ -105,7 +105,7 @@ def update(
         with nullcontext() if number == len(micro_batches) else without_sum(module):
             output: StepOutput = module(rows, lambda_)
             torch.autograd.backward(output.total * share)
-        losses = (output.losses.reconstruction, output.losses.sparsity, output.losses.auxiliary, output.auxk)
+        losses = (output.losses.reconstruction, output.losses.sparsity, output.losses.auxiliary, output.pre_activation)
         measures += share * torch.stack([loss.detach().double() for loss in losses])
         fired = output.fired if fired is None else fired + output.fired
         opened = output.opened if opened is None else opened + output.opened

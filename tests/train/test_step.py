@@ -19,7 +19,7 @@ def group():
 
 
 def training_module(name, is_sparse):
-    module = TrainingModule(build(name, D_MODEL, FEATURES, seed=0, dtype=torch.float64), name, auxk=0.0, auxk_features=4)
+    module = TrainingModule(build(name, D_MODEL, FEATURES, seed=0, dtype=torch.float64), name)
     with torch.no_grad():
         module.sae.gate_bias.sub_(0.5)
     module.is_sparse = is_sparse
