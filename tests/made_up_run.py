@@ -25,6 +25,8 @@ class MadeUpRun:
     """What distinguishes one made-up run."""
 
     objective: str = "gated"
+    pre_activation_loss: float | None = None
+    """None as in a run.json of before there was pre-activation loss."""
     layer: int = 1
     llm: str = "owner/llama"
     steps: tuple[int, ...] = (90, 100)
@@ -37,6 +39,7 @@ class MadeUpRun:
         directory.mkdir(parents=True)
         described = {"name": directory.name, "site": f"resid.{self.layer}", "layer": self.layer, "objective": self.objective}
         described |= {"resampling": False, "lambda": 0.17, "seed": 0, "learning_rate": 0.003, "scale": SCALE, "batch_rows": 512}
+        described |= {} if self.pre_activation_loss is None else {"pre_activation_loss": self.pre_activation_loss}
         described |= {"d_model": D_MODEL, "num_features": FEATURES, "store_fingerprint": "7d7a", "train_fingerprint": "dfbf"}
         (directory / "run.json").write_text(json.dumps({"format": 1, **described, "settings": {}}))
         for step in self.steps:

@@ -1,7 +1,7 @@
 """The report's plots. In: runs. Out: panels of one site as SVG for the page, and figures of all sites as PNG and SVG files.
 
 A panel is drawn on an `Axes` and knows nothing of where it will stand. Colour and marker tell the objective, a hollow marker
-or a dashed line resampling, a fainter line a smaller lambda.
+or a dashed line resampling, a pale marker or a dash-dotted line pre-activation loss, a fainter line a smaller lambda.
 """
 
 import io
@@ -63,6 +63,8 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.2,
 }
 _MAX_CURVE_POINTS = 240
+_PALE = 0.35
+"""Opacity of what is neither filled nor hollow, as in page.css."""
 _TITLES = {"loss_recovered": "loss recovered", "fvu": "FVU", "l0": "L0", "dead_fraction": "dead share"}
 
 Panel = Callable[[Axes, Sequence[Run]], None]
@@ -194,20 +196,20 @@ FIGURES = {
 def _lines_of(runs: Iterable[Run]) -> Iterator[list[Run]]:
     """Runs that differ only in lambda."""
 
-    def key(run: Run) -> tuple[str, int, int]:
-        return (run.series, run.num_features, run.seed)
+    def key(run: Run) -> tuple[str, float, int, int]:
+        return (run.series, run.pre_activation_loss, run.num_features, run.seed)
 
     for _, line in groupby(sorted(runs, key=key), key=key):
         yield list(line)
 
 
 def _line_look(run: Run) -> dict[str, Any]:
-    return {"color": _COLOURS.get(run.objective, _INK), "linestyle": "--" if run.resampling else "-"}
+    return {"color": _COLOURS.get(run.objective, _INK), "linestyle": "-." if run.pre_activation_loss else "--" if run.resampling else "-"}
 
 
 def _marker_look(run: Run) -> dict[str, Any]:
     colour = _COLOURS.get(run.objective, _INK)
-    face = _SURFACE if run.resampling else colour
+    face = _SURFACE if run.resampling else mpl.colors.to_rgba(colour, _PALE) if run.pre_activation_loss else colour
     return {"marker": _MARKERS.get(run.objective, "v"), "markersize": 6, "markeredgecolor": colour, "markerfacecolor": face}
 
 

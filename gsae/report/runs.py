@@ -18,7 +18,7 @@ State = Literal["finished", "stopped", "unfinished"]
 Curve = np.ndarray[Any, np.dtype[np.float64]]
 OBJECTIVES = ("relu", "gated", "gated-no-aux", "gated-norm-weighted")
 _CURVES = ("l0", "fvu", "dead_fraction")
-_FORMAT = 1
+_FORMATS = {RUN_FILE: (1, 2), RESULTS_FILE: (1,)}
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class Run:
     layer: int
     objective: str
     resampling: bool
+    pre_activation_loss: float
+    """Weight of the pre-activation loss of dead features, in multiples of lambda; 0 is without."""
     lambda_: float
     seed: int
     num_features: int
@@ -92,7 +94,9 @@ class Run:
     @property
     def series(self) -> str:
         """What the runs of one line in a plot share."""
-        return f"{self.objective} + resampling" if self.resampling else self.objective
+        return (
+            self.objective + (" + pre-activation loss" if self.pre_activation_loss else "") + (" + resampling" if self.resampling else "")
+        )
 
     @property
     def evaluation_text(self) -> str:
@@ -116,6 +120,7 @@ class Run:
             rank,
             self.objective,
             self.resampling,
+            self.pre_activation_loss,
             self.num_features,
             self.lambda_,
             self.seed,
@@ -189,6 +194,7 @@ def _assemble(directory: Path, asked: Mapping[str, Any], lines: Sequence[Mapping
         layer=int(asked["layer"]),
         objective=str(asked["objective"]),
         resampling=bool(asked["resampling"]),
+        pre_activation_loss=float(asked.get("pre_activation_loss", 0.0)),  # runs of before there was pre-activation loss do not say
         lambda_=float(asked["lambda"]),
         seed=int(asked["seed"]),
         num_features=int(asked["num_features"]),
@@ -261,9 +267,10 @@ def _read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); it was not written by gsae, or is damaged") from error
     version = found.get("format") if isinstance(found, dict) else None
-    if version != _FORMAT:
+    if version not in _FORMATS[path.name]:
+        known = " and ".join(map(str, _FORMATS[path.name]))
         raise CheckpointError(
-            f"{path}: format is {version!r}, this version of gsae reads {_FORMAT}; it was written by another program or version"
+            f"{path}: format is {version!r}, this version of gsae reads {known}; it was written by another program or version"
         )
     return cast(dict[str, Any], found)
 

@@ -43,6 +43,7 @@ _TITLES = {
 _OWN_DEFINITIONS = {
     "λ": "sparsity coefficient, on scaled activations; the same value means different sparsity for each objective, so compare at equal L0",
     "dead": "share of features, at the end of training, that were not on for the stated number of rows over all ranks",
+    "pre-activation loss": "weight, in multiples of λ, of the loss that pulls at closed gates of dead features; none where there is a dash",
     "in training": "the last logged value, over training rows: not comparable with an evaluation",
     "stopped": "training gave the run up, for the reason stated; its numbers are shown, its points are not drawn",
 }

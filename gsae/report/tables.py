@@ -87,6 +87,7 @@ MORE_COLUMNS = (
     _measured("recovered, all rows", "loss_recovered_all_rows", decimals(4)),
     _measured("dense", "dense_fraction", percent),
     _measured("decoder cosine", "max_decoder_cosine_mean", decimals(3)),
+    Column("pre-activation loss", lambda run: run.pre_activation_loss or None, plain),
     Column("features", lambda run: run.num_features, count),
     Column("rows", lambda run: run.rows, short_count),
 )
@@ -100,7 +101,7 @@ def l0_cell(run: Run) -> Cell:
 def results_csv(runs: Iterable[Run]) -> str:
     """One line a run, numbers in full; empty where a run was not evaluated."""
     buffer = io.StringIO()
-    header = ["run", "site", "objective", "resampling", "lambda", "seed", "rows", "num_features"]
+    header = ["run", "site", "objective", "resampling", "pre_activation_loss", "lambda", "seed", "rows", "num_features"]
     header += [*_CSV_METRICS_FIRST, "dead_fraction", *_CSV_METRICS_LAST, "dead_rows", "state"]
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header)
@@ -110,6 +111,7 @@ def results_csv(runs: Iterable[Run]) -> str:
             run.site,
             run.objective,
             str(run.resampling).lower(),
+            run.pre_activation_loss,
             run.lambda_,
             run.seed,
             run.rows,

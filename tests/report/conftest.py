@@ -23,6 +23,8 @@ class FakeRun:
     objective: str = "gated"
     lambda_: float = 0.175
     resampling: bool = False
+    pre_activation_loss: float | None = None
+    """None as in a run.json of before there was pre-activation loss."""
     seed: int = 0
     num_features: int = 2304
     l0: float = 46.4
@@ -33,7 +35,9 @@ class FakeRun:
 
     @property
     def name(self) -> str:
-        return f"{self.objective}{'-resampled' if self.resampling else ''}-m{self.num_features}-l{self.lambda_:g}-s{self.seed}"
+        weight = f"-preact{self.pre_activation_loss:g}" if self.pre_activation_loss else ""
+        kind = f"{self.objective}{'-resampled' if self.resampling else ''}{weight}"
+        return f"{kind}-m{self.num_features}-l{self.lambda_:g}-s{self.seed}"
 
     def write(self, output: Path) -> Path:
         """Write its directory under `<output>/<site>/` and return it."""
@@ -63,6 +67,7 @@ class FakeRun:
             "store_fingerprint": "6b1f",
             "scale": 0.0123,
             "train_fingerprint": "77aa",
+            **({} if self.pre_activation_loss is None else {"pre_activation_loss": self.pre_activation_loss}),
         }
 
     @property

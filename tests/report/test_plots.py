@@ -1,10 +1,11 @@
 import re
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
-from gsae.report.plots import FIGURES, PANELS, panel_svg, write_plots
+from gsae.report.plots import FIGURES, PANELS, _draw_figure, panel_svg, write_plots
 from gsae.report.runs import read_runs
 
 
@@ -21,6 +22,12 @@ def draw(panel, runs):
     axes = Figure().subplots()
     PANELS[panel](axes, runs)
     return axes
+
+
+def legend_handles(runs):
+    with matplotlib.rc_context():
+        (legend,) = _draw_figure(["fvu"], [runs]).legends
+        return legend.get_lines()
 
 
 def points(axes):
@@ -46,6 +53,25 @@ def test_runs_that_differ_only_in_lambda_are_joined(runs):
     joined = [line for line in draw("fvu", runs).lines if line.get_marker() in ("None", "") and len(set(line.get_xdata())) == 2]
     spans = [tuple(line.get_xdata()) for line in joined]
     assert {(46.4, 68.2), (48.4, 70.2)} <= set(spans)  # without and with resampling
+
+
+def test_runs_with_pre_activation_loss_are_a_line_and_look_like_themselves(tmp_path, fake_run):
+    kinds = [(False, None), (True, None), (False, 0.03125), (True, 0.03125), (False, 0.1)]
+    for number, (resampling, pre_activation_loss) in enumerate(kinds):
+        for lambda_, l0 in {0.12: 60.0, 0.175: 40.0}.items():
+            fake_run(lambda_=lambda_, l0=l0 + number, resampling=resampling, pre_activation_loss=pre_activation_loss).write(tmp_path)
+    runs = read_runs([tmp_path])
+    lines = [line for line in draw("fvu", runs).lines if line.get_marker() in ("None", "") and len(set(line.get_xdata())) == 2]
+    assert {(40.0 + number, 60.0 + number) for number in range(5)} <= {tuple(line.get_xdata()) for line in lines}
+    legend = {line.get_label(): (line.get_linestyle(), line.get_markerfacecolor()) for line in legend_handles(runs)}
+    assert len(legend) == len(set(legend.values())) == 4
+
+
+def test_a_pale_marker_follows_the_theme(tmp_path, fake_run):
+    fake_run(pre_activation_loss=0.03125).write(tmp_path)
+    svg = panel_svg("fvu", read_runs([tmp_path]), "panel")
+    assert not re.search(r"#[0-9a-f]{6}\b", svg)
+    assert re.search(r"fill: var\(--gated\);[^>]*fill-opacity: 0.35", svg)
 
 
 def test_an_empty_panel_says_why(runs, tmp_path, fake_run):

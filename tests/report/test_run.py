@@ -31,6 +31,15 @@ def test_the_report_goes_where_it_is_told(tmp_path, fake_run):
 
 
 @pytest.mark.usefixtures("quick_plots")
+def test_pre_activation_loss_is_named_and_defined(tmp_path, fake_run):
+    fake_run(pre_activation_loss=0.03125).write(tmp_path)
+    html = run_report([tmp_path], None).read_text()
+    assert '<span class="series">gated + pre-activation loss</span>' in html
+    assert "<dt>pre-activation loss</dt>" in html
+    assert 'class="swatch gated pale"' in html
+
+
+@pytest.mark.usefixtures("quick_plots")
 def test_a_report_that_fails_leaves_the_old_one_whole(tmp_path, fake_run, monkeypatch):
     fake_run().write(tmp_path)
     page = run_report([tmp_path], None)

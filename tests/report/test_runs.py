@@ -49,6 +49,17 @@ def test_a_finished_run_is_read_whole(tmp_path, fake_run):
     assert np.isnan(run.curves["dead_fraction"][0])
 
 
+def test_pre_activation_loss_and_resampling_make_series_of_their_own_and_no_pre_activation_loss_is_0(tmp_path, fake_run):
+    for resampling, pre_activation_loss in [(False, None), (False, 0.03125), (True, 0.03125), (True, 0.0)]:
+        fake_run(resampling=resampling, pre_activation_loss=pre_activation_loss).write(tmp_path)
+    assert [(run.series, run.pre_activation_loss) for run in read_runs([tmp_path])] == [
+        ("gated", 0.0),
+        ("gated + pre-activation loss", 0.03125),
+        ("gated + resampling", 0.0),
+        ("gated + pre-activation loss + resampling", 0.03125),
+    ]
+
+
 def test_a_run_without_results_is_not_evaluated(tmp_path, fake_run):
     fake_run(is_evaluated=False, end="unfinished").write(tmp_path)
     (run,) = read_runs([tmp_path])
@@ -131,7 +142,7 @@ def test_a_foreign_directory_is_named(tmp_path, fake_run):
     ("file", "content", "message"),
     [
         ("run.json", "not json", r"run.json: cannot be read as JSON"),
-        ("run.json", '{"format": 2}', r"run.json: format is 2, this version of gsae reads 1"),
+        ("run.json", '{"format": 3}', r"run.json: format is 3, this version of gsae reads 1 and 2"),
         ("run.json", "[]", r"run.json: format is None"),
         ("run.json", '{"format": 1}', r"lacks or garbles 'name'"),
         ("results.json", '{"format": 1, "metrics": {}}', r"results.json: lacks or garbles 'intervals'; run gsae evaluate again"),

@@ -7,7 +7,7 @@ from gsae.report.runs import read_runs
 from gsae.report.tables import COLUMNS, MORE_COLUMNS, results_csv
 
 HEADER = (
-    "run,site,objective,resampling,lambda,seed,rows,num_features,l0,fvu,mse,gamma,loss_recovered,ce_clean,ce_spliced,ce_zero,dead_fraction,"
+    "run,site,objective,resampling,pre_activation_loss,lambda,seed,rows,num_features,l0,fvu,mse,gamma,loss_recovered,ce_clean,ce_spliced,ce_zero,dead_fraction,"
     "delta_ce,not_seen_fraction,dead_rows,state"
 )
 
@@ -32,6 +32,15 @@ def test_the_csv_has_the_promised_header_and_full_numbers(runs, fake_run):
     assert float(first["fvu"]) == expected["fvu"]
     assert (first["resampling"], first["lambda"], first["rows"], first["dead_rows"]) == ("true", "0.175", "300032", "60000")
     assert (second["l0"], second["loss_recovered"], second["state"]) == ("", "", "unfinished, not evaluated")
+
+
+def test_the_weight_of_pre_activation_loss_is_shown(tmp_path, fake_run):
+    fake_run().write(tmp_path)
+    fake_run(pre_activation_loss=0.03125).write(tmp_path)
+    runs = read_runs([tmp_path])
+    assert [line["pre_activation_loss"] for line in csv.DictReader(io.StringIO(results_csv(runs)))] == ["0.0", "0.03125"]
+    column = next(column for column in MORE_COLUMNS if column.title == "pre-activation loss")
+    assert [column.cell(run).text for run in runs] == ["\u2013", "0.03125"]
 
 
 def test_every_table_shows_l0(runs):
