@@ -20,14 +20,36 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
+class DataSetConfig:
+    """Which part of a data set of the library `datasets` is read; used only by `corpus.format: datasets`."""
+
+    subset: str | None = None
+    """Its subset (the library's config name), e.g. `20231101.en`; null takes the default one."""
+    split: str = "train"
+    """The library's split. A directory that was saved with one split alone is that one."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub; null takes the default branch as it is. The commit is part of the corpus's identity."""
+    streaming: bool = True
+    """Whether it is read over the network as it is needed; false downloads it into the library's cache first. The documents are the
+    same."""
+
+
+@dataclass(frozen=True)
 class CorpusConfig:
     """Where the text comes from, and which part of it is training text and which held out."""
 
-    format: Literal["mediawiki", "fever", "jsonl", "text"] = "mediawiki"
+    format: Literal["mediawiki", "fever", "jsonl", "text", "parquet", "datasets"] = "mediawiki"
     """Format of the text: a MediaWiki XML dump (.xml or .xml.bz2), FEVER wiki pages (wiki-pages.zip or its directory),
-    .jsonl files (one object a line with `text` and optionally `id`), or plain text files (one document a file)."""
+    .jsonl files (one object a line), plain text files (one document a file), .parquet files, or a data set of the library `datasets`."""
     path: str = ""
-    """File, directory or glob pattern (`*`, `**`) of the text."""
+    """File, directory or glob pattern (`*`, `**`) of the text; of a data set, its name on the hub (`OWNER/NAME`) or a directory."""
+    text_column: str = "text"
+    """Column (key) of the text, a string in every row: jsonl, parquet and datasets only."""
+    id_column: str | None = None
+    """Column (key) of the documents' ids: jsonl, parquet and datasets only. Null takes `id` where there is one, and names a row without
+    by its file and number."""
+    dataset: DataSetConfig = field(default_factory=DataSetConfig)
+    """Used only by `format: datasets`."""
     max_documents: int | None = None
     """Number of documents to take, chosen by a seeded hash of their ids over the whole corpus; null takes all."""
     max_document_characters: int | None = None
@@ -50,6 +72,17 @@ class CorpusConfig:
         for name in ("max_documents", "max_document_characters"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"corpus.{name} is {value}; give a positive number, or null for no limit")
+        _require(bool(self.text_column), "corpus.text_column is empty; name the column of the text")
+        _require(self.id_column != "", "corpus.id_column is empty; name the column of the ids, or null for `id` where there is one")
+        names_columns = self.text_column != "text" or self.id_column is not None
+        _require(
+            not names_columns or self.format in ("jsonl", "parquet", "datasets"),
+            f"corpus.text_column and corpus.id_column do not go with corpus.format {self.format!r}; leave them out",
+        )
+        _require(
+            self.format == "datasets" or self.dataset == DataSetConfig(),
+            f"corpus.dataset does not go with corpus.format {self.format!r}; leave it out, or set corpus.format: datasets",
+        )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ranks import run_gsae
 import gsae
 from gsae.cli import main
 from gsae.errors import CheckpointError
-from gsae.sae.formats import read_sae
+from gsae.sae.formats import read_sae, save_sae
 from gsae.sae.objective import SAE_CLASS
 from gsae.store.runs import newest_checkpoint
 
@@ -144,6 +144,18 @@ def test_the_card_says_what_it_is(run, target):
     assert "{{" not in card
 
 
+def test_the_card_and_the_description_tell_of_pre_activation_loss(tmp_path):
+    run = MadeUpRun(pre_activation_loss=0.03125).write(tmp_path / "runs")
+    command("export", run, "--to", "gsae")
+    card = (run / "exports" / "gsae" / "README.md").read_text()
+    assert "Trained with gsae as `gated` with pre-activation loss (weight 0.03125), lambda 0.17" in card
+    assert "| objective | `gated`, with pre-activation loss (weight 0.03125) |" in card
+    assert gsae.load_sae(run / "exports" / "gsae").description["pre_activation_loss"] == 0.03125
+    plain = MadeUpRun(pre_activation_loss=0.0).write(tmp_path / "plain")
+    command("export", plain, "--to", "gsae")
+    assert "pre-activation loss" not in (plain / "exports" / "gsae" / "README.md").read_text()
+
+
 def test_the_card_of_a_run_without_results_says_so(tmp_path):
     run = MadeUpRun("relu", is_evaluated=False, has_store=False).write(tmp_path / "runs")
     command("export", run, "--to", "gsae")
@@ -178,15 +190,58 @@ def test_a_write_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setattr("gsae.exchange.export.model_card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["export", str(run), "--to", "saelens", "--output", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
-def test_what_a_killed_export_left_is_replaced(run, tmp_path):
+def test_a_directory_beside_the_output_is_left_alone(run, tmp_path):
     (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "half").touch()
+    (tmp_path / "out.partial" / "mine").touch()
     assert command("export", run, "--to", "gsae", "--output", tmp_path / "out") == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES["gsae"]
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "out", "out.partial"}
+    assert (tmp_path / "out.partial" / "mine").exists()
+
+
+def test_the_directory_one_is_in_and_a_link_are_filled(run, tmp_path, monkeypatch, capsys):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("there")
+    monkeypatch.chdir(tmp_path / "here")
+    assert command("export", run, "--to", "saelens", "--output", ".") == 0
+    assert {path.name for path in Path().iterdir()} == FILES["saelens"]  # still the directory one is in
+    assert command("export", run, "--to", "gsae", "--output", tmp_path / "link") == 0
+    assert {path.name for path in (tmp_path / "there").iterdir()} == FILES["gsae"]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert command("import", tmp_path / "here", ".") == 0
+    assert gsae.load_sae(".").d_model == D_MODEL
+    assert (tmp_path / "empty").stat().st_mode == (tmp_path / "here").stat().st_mode
+    assert command("export", run, "--to", "gsae", "--output", tmp_path / "new") == 0
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "empty").stat().st_mode
+
+
+@pytest.mark.parametrize("output", ["file/out", "file/deep/out", "a" * 300, "loop"])
+def test_an_output_that_cannot_be_made_is_one_line(run, tmp_path, monkeypatch, capsys, output):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("loop").symlink_to("loop")
+    assert "cannot be written (" in mistake(capsys, "export", run, "--to", "gsae", "--output", output)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "loop", "runs"}
+
+
+def test_an_export_of_a_hub_s_repository_without_an_output_is_refused_before_it_is_fetched(capsys, monkeypatch):
+    monkeypatch.setattr("gsae.exchange.hub.download", lambda *_: 1 / 0)
+    assert "owner/name is no directory here, and an export of the hub's needs" in mistake(capsys, "export", "owner/name", "--to", "gsae")
+
+
+def test_weights_that_are_not_finite_are_refused(run, tmp_path, capsys):
+    command("export", run, "--to", "gsae", "--output", tmp_path / "ours")
+    saved = read_sae(tmp_path / "ours")
+    with torch.no_grad():
+        saved.sae.b_dec[0] = float("nan")
+    save_sae(tmp_path / "ours", saved.sae, saved.description)
+    with pytest.raises(CheckpointError, match="ours: tensor b_dec holds NaN or infinite values"):
+        gsae.load_sae(tmp_path / "ours")
 
 
 @pytest.mark.parametrize(
@@ -240,4 +295,5 @@ def test_what_the_stages_write_is_what_an_export_reads(pipeline, tmp_path):
     command("export", run, "--to", "gsae")
     card = (run / "exports" / "gsae" / "README.md").read_text()
     assert "| ce_zero |" in card
+    assert gsae.load_sae(run / "exports" / "gsae").description == known
     assert str(tmp_path) not in card + (run / "exports" / "gsae" / "sae.json").read_text()

@@ -10,10 +10,13 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 from gsae.config import CorpusConfig
-from gsae.corpus.formats import Entry, find_files, read_entries
+from gsae.corpus.bookmarks import Bookmark, Bookmarks
+from gsae.corpus.entries import Entry, Place
+from gsae.corpus.formats import describe, read_entries
 from gsae.corpus.markup import detokenise, strip_wiki_markup
 from gsae.errors import CorpusError
 
@@ -21,6 +24,8 @@ Split = Literal["training", "held_out"]
 
 _TEXT_VERSION = 1
 """Raised when the same files come to give other documents, pieces or text."""
+
+_USUAL_COLUMNS = {"text_column": "text", "id_column": None}
 
 
 @dataclass(frozen=True)
@@ -63,31 +68,48 @@ def read_documents(config: CorpusConfig, split: Split) -> Iterator[Document]:
     Raises:
         CorpusError: the text is missing or damaged, or the split is empty.
     """
-    num_entries = index = 0
-    for entry in _read_selected(config):
-        num_entries += 1
-        if _is_held_out(config, entry) == (split == "held_out"):
-            yield Document(index, entry.id, _plain_text(config, entry))
-            index += 1
-    if num_entries == 0:
-        raise CorpusError(f"corpus.path is {config.path!r}, which holds no {config.format} text; check it and corpus.format")
-    if index == 0:
-        kind, change = ("held out", "raise") if split == "held_out" else ("training text", "lower")
-        raise CorpusError(
-            f"none of the {num_entries} documents of {config.path!r} is {kind}; "
-            f"{change} corpus.held_out_fraction ({config.held_out_fraction}), or give more documents"
-        )
+    return (Document(index, entry.id, _plain_text(config, entry)) for index, entry in _read_split(config, split, 0, None))
 
 
-def read_pieces(config: CorpusConfig, split: Split, wanted: Callable[[int, int], bool] | None = None) -> Iterator[Piece]:
+def read_pieces(
+    config: CorpusConfig,
+    split: Split,
+    wanted: Callable[[int, int], bool] | None = None,
+    *,
+    first_document: int = 0,
+    bookmarks: Bookmarks | None = None,
+) -> Iterator[Piece]:
     """The split's documents cut into pieces of at most corpus.piece_characters, in order.
 
-    `wanted(document, piece)` may leave pieces out; it sees Document.index and the piece's ordinal.
+    Args:
+        config: the corpus.
+        split: which documents.
+        wanted: `wanted(document, piece)` may leave pieces out; it sees Document.index and the piece's ordinal. The text of a
+            document is not looked at where none of the pieces it can have is wanted.
+        first_document: Document.index of the first that is wanted; what stands before is skipped as far as the format allows.
+        bookmarks: those of this corpus and split (`open_bookmarks`), to begin at and to add to; None reads from the beginning.
+
+    Raises:
+        CorpusError: the text is missing or damaged, or the split is empty.
     """
-    for document in read_documents(config, split):
-        for piece, text in enumerate(cut_at_whitespace(document.text, config.piece_characters)):
-            if wanted is None or wanted(document.index, piece):
-                yield Piece(document.index, piece, text)
+    limit = config.piece_characters
+    for index, entry in _read_split(config, split, first_document, bookmarks):
+        if index < first_document:
+            continue
+        if wanted is not None and not any(wanted(index, piece) for piece in range(_most_pieces(config, entry))):
+            continue
+        for piece, text in enumerate(cut_at_whitespace(_plain_text(config, entry), limit)):
+            if wanted is None or wanted(index, piece):
+                yield Piece(index, piece, text)
+
+
+def open_bookmarks(path: Path, config: CorpusConfig, split: Split) -> Bookmarks:
+    """The bookmarks of a corpus and split that a file keeps, for `read_pieces`; none yet where it is not there or of another corpus.
+
+    Raises:
+        CorpusError: as corpus_identity.
+    """
+    return Bookmarks(path, {"split": split, **corpus_identity(config)})
 
 
 def cut_at_whitespace(text: str, max_characters: int) -> Iterator[str]:
@@ -100,37 +122,77 @@ def cut_at_whitespace(text: str, max_characters: int) -> Iterator[str]:
 
 
 def corpus_identity(config: CorpusConfig) -> dict[str, Any]:
-    """What decides the pieces and their lanes, as plain data: the settings, and the files by name and size.
+    """What decides the pieces and their lanes, as plain data: the settings, and where the text comes from.
+
+    Files are given by name and size, a data set by its revision or fingerprint. Columns that have their usual names are left out, as
+    they were before they could have others.
 
     Raises:
-        CorpusError: corpus.path is empty or matches no file.
+        CorpusError: corpus.path is empty, matches no file, or names no data set.
     """
-    settings = {name: value for name, value in asdict(config).items() if name != "path"}
-    files = [(file.name, file.path.stat().st_size) for file in find_files(config)]
-    names_and_sizes = hashlib.sha256("".join(f"{name}\0{size}\n" for name, size in files).encode()).hexdigest()
-    described = {
-        "first": files[0][0],
-        "number": len(files),
-        "bytes": sum(size for _, size in files),
-        "names_and_sizes_sha256": names_and_sizes,
-    }
-    return {"text_version": _TEXT_VERSION, **settings, "files": described}
+    settings = asdict(config)
+    for name in ("path", "dataset", *(name for name, usual in _USUAL_COLUMNS.items() if settings[name] == usual)):
+        del settings[name]
+    return {"text_version": _TEXT_VERSION, **settings, **describe(config)}
 
 
-def _read_selected(config: CorpusConfig) -> Iterator[Entry]:
-    """The corpus.max_documents entries with the smallest hashes, in corpus order; entries of one id go together."""
+def _read_split(config: CorpusConfig, split: Split, first_document: int, bookmarks: Bookmarks | None) -> Iterator[tuple[int, Entry]]:
+    """The numbered entries of a split, in corpus order, from the last bookmark before `first_document` on.
+
+    With corpus.max_documents those are the entries with the smallest hashes; entries of one id go together.
+    """
+    largest = _largest_selected_hash(config, bookmarks)
+    start = bookmarks.before(first_document) if bookmarks is not None else Bookmark(0, Place())
+    num_entries, index = 0, start.document
+    for entry in read_entries(config, start.place):
+        if bookmarks is not None and entry.place is not None:
+            bookmarks.note(index, entry.place)
+        if largest is not None and seeded_hash("selection", config.seed, entry.id) > largest:
+            continue
+        num_entries += 1
+        if _is_held_out(config, entry) == (split == "held_out"):
+            yield index, entry
+            index += 1
+    if index == 0:
+        raise CorpusError(_why_empty(config, split, num_entries))
+
+
+def _why_empty(config: CorpusConfig, split: Split, num_entries: int) -> str:
+    """The complaint about a split without documents, of a corpus with so many."""
+    if num_entries == 0:
+        has_columns = config.format in ("jsonl", "parquet", "datasets")
+        check = f"it, corpus.format and corpus.text_column ({config.text_column})" if has_columns else "it and corpus.format"
+        return f"corpus.path is {config.path!r}, which holds no {config.format} text; check {check}"
+    kind, change = ("held out", "raise") if split == "held_out" else ("training text", "lower")
+    return (
+        f"none of the {num_entries} documents of {config.path!r} is {kind}; "
+        f"{change} corpus.held_out_fraction ({config.held_out_fraction}), or give more documents"
+    )
+
+
+def _largest_selected_hash(config: CorpusConfig, bookmarks: Bookmarks | None) -> int | None:
+    """The bound of the selection; None where all documents are taken."""
     if config.max_documents is None:
-        yield from read_entries(config)
-        return
-    largest = _largest_selected_hash(config)
-    yield from (entry for entry in read_entries(config) if seeded_hash("selection", config.seed, entry.id) <= largest)
+        return None
+    if bookmarks is None:
+        return _find_largest_selected_hash(config)
+    if bookmarks.largest_hash is None:
+        bookmarks.largest_hash = _find_largest_selected_hash(config)
+        bookmarks.save()
+    return bookmarks.largest_hash
 
 
 @cache
-def _largest_selected_hash(config: CorpusConfig) -> int:
+def _find_largest_selected_hash(config: CorpusConfig) -> int:
     """One pass over the whole corpus, made once a process."""
     hashes = (seeded_hash("selection", config.seed, entry.id) for entry in read_entries(config))
     return max(heapq.nsmallest(config.max_documents or 0, hashes), default=0)
+
+
+def _most_pieces(config: CorpusConfig, entry: Entry) -> int:
+    """Pieces that a document can have: no text is longer than its markup, and two pieces together are longer than the limit."""
+    characters = min(len(entry.raw), config.max_document_characters or len(entry.raw))
+    return 2 * (characters // (config.piece_characters + 1)) + 1
 
 
 def _is_held_out(config: CorpusConfig, entry: Entry) -> bool:

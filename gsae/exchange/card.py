@@ -66,6 +66,7 @@ def model_card(sae: SAE, description: Mapping[str, Any], target: str, address: s
         origin=description.get("imported_from"),
         place=" of ".join(text for text in (description.get("site"), llm.get("name")) if text),
         revision=llm.get("revision"),
+        pre_activation_loss=_with_pre_activation_loss(description),
         format=_format(sae, target),
         snippet=_snippet(sae, target, address),
         address=address,
@@ -73,6 +74,11 @@ def model_card(sae: SAE, description: Mapping[str, Any], target: str, address: s
         results=description.get("results"),
         numbers=_numbers(description.get("results") or {}),
     )
+
+
+def _with_pre_activation_loss(description: Mapping[str, Any]) -> str:
+    weight = description.get("pre_activation_loss")
+    return f" with pre-activation loss (weight {weight})" if weight else ""
 
 
 def _format(sae: SAE, target: str) -> str:

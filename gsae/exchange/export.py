@@ -1,6 +1,5 @@
 """`gsae export`. In: a run, or any path that `gsae.load_sae` takes. Out: a directory that another library, or anybody, can load."""
 
-import copy
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from gsae.errors import ConfigError
 from gsae.exchange import hub
 from gsae.exchange.card import CARD_FILE, model_card
 from gsae.exchange.published import require_free, write_directory, write_json, write_published
-from gsae.exchange.source import Source, find_sae
-from gsae.sae.folded import FOLDED_KEY, folded_description
+from gsae.exchange.source import Source, find_sae, is_on_hub
+from gsae.sae.folded import folded, folded_description
 from gsae.sae.foreign import FILES, dictionary_config, dictionary_tensors, saelens_architecture, saelens_config, saelens_tensors
 from gsae.sae.formats import fold_scale
 from gsae.sae.objective import SAE
@@ -54,10 +53,11 @@ def run_export(path: str, target: Target, *, output: Path | None = None, push: s
         raise ConfigError("--private says how to make a repository; give its name too, --push OWNER/NAME")
     if output is not None:
         require_free(output)
+    elif is_on_hub(path):
+        raise ConfigError(f"{path} is no directory here, and an export of the hub's needs a place: say where with --output DIRECTORY")
     source = find_sae(path)
     directory = output or _default_output(source, target, path)
-    scale = 1.0 if source.description.get(FOLDED_KEY) else float(source.description.get("scale", 1.0))
-    sae = fold_scale(copy.deepcopy(source.sae).to(torch.float64), scale)
+    sae = fold_scale(folded(source.sae, source.description), 1.0)  # which gives an imported SAE's decoder rows norm 1 too
     write_directory(directory, partial(_write, sae, source, target, push))
     page = None if push is None else hub.upload(directory, push, private=private)
     return Exported(directory, page)

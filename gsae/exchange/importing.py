@@ -3,11 +3,12 @@
 `ae.pt` is the one file that is read by torch.load, and only with weights_only: tensors and plain containers, no code is run.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import reduce
+from math import isfinite
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -18,9 +19,15 @@ from torch import Tensor
 from gsae.errors import CheckpointError, ConfigError
 from gsae.exchange.published import write_directory, write_published
 from gsae.sae.folded import FOLDED_KEY
-from gsae.sae.foreign import FILES, from_dictionary, from_saelens
+from gsae.sae.foreign import FILES, from_dictionary, from_saelens, saelens_metadata
+from gsae.sae.formats import read_object
 from gsae.sae.objective import SAE
 from gsae.sae.relu import ReluSAE
+
+ABSOLUTE_PATH = re.compile(r"(?<![\w./:~-])(file:|~?/\w|~[\\/]|[A-Za-z]:[\\/]\w|\\\\\w)")
+"""Where a text names a place of somebody's machine: `/home/...`, `~/...`, `file:...`, a drive or a share of Windows."""
+RESIDUAL_STREAM = re.compile(r"(?:resid_post_layer_|resid\.)(\d+)")
+"""dictionary_learning's `submodule_name` where it is the output of a layer: as its own demo and we write it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +70,7 @@ def _detect(source: Path) -> str:
 
 def _read(source: Path, library: str) -> Foreign:
     weights, config_name = FILES[library]
-    config = _read_object(source / config_name)
+    config = read_object(source / config_name, "give the directory as its library saved it")
     if library == "saelens":
         tensors = _read_safetensors(source / weights)
         sae, known = from_saelens(tensors, config, str(source)), _known_of_saelens(config)
@@ -71,40 +78,47 @@ def _read(source: Path, library: str) -> Foreign:
         tensors = _read_state_dict(source / weights)
         sae, known = from_dictionary(tensors, config, str(source)), _known_of_dictionary(config)
     objective = "relu" if isinstance(sae, ReluSAE) else "gated"
-    origin = {"library": library, "config": config}
-    dtype = torch.promote_types(next(iter(tensors.values())).dtype, torch.float32)
+    origin = {"library": library, "config": _publishable(config)}
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()), torch.float32)
     return Foreign(sae, dtype, {"objective": objective, **known, "scale": 1.0, FOLDED_KEY: True, "imported_from": origin})
 
 
 def _known_of_saelens(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Our words for what its metadata say of the LLM; older formats have them beside the rest."""
-    metadata = cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else cfg
+    """Our words for what its metadata say of the LLM."""
+    metadata = saelens_metadata(cfg)
     layer = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", str(metadata.get("hook_name")))
     return _known(int(layer[1]) if layer else None, metadata.get("model_name"), metadata.get("context_size"))
 
 
 def _known_of_dictionary(config: Mapping[str, Any]) -> dict[str, Any]:
-    trainer = config.get("trainer") or {}
-    layer = trainer.get("layer")
-    return _known(layer if isinstance(layer, int) else None, trainer.get("lm_name"), (config.get("buffer") or {}).get("ctx_len"))
+    trainer = config["trainer"]
+    named = RESIDUAL_STREAM.fullmatch(trainer.get("submodule_name") or "")
+    layer = int(named[1]) if named and int(named[1]) == trainer.get("layer") else None
+    return _known(layer, trainer.get("lm_name"), (config.get("buffer") or {}).get("ctx_len"))
 
 
-def _known(layer: int | None, llm: Any, context_length: Any) -> dict[str, Any]:
-    place = {} if layer is None else {"site": f"resid.{layer}", "layer": layer, "module": f"model.layers.{layer}"}
+def _known(layer: int | None, llm: str | None, context_length: int | None) -> dict[str, Any]:
+    """`module` is not among it: what the LLM calls its layers is not known."""
+    place = {} if layer is None else {"site": f"resid.{layer}", "layer": layer}
+    if llm and not _may_be_published(llm):
+        llm = PureWindowsPath(llm).name
     own = {"llm": {"name": llm} if llm else None, "context_length": context_length}
     return {**place, **{key: value for key, value in own.items() if value is not None}}
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; give the directory as its library saved it") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object; fetch it again")
+def _publishable(value: Any) -> Any:
+    """A JSON value without the texts that name an absolute path, and without NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _publishable(part) for key, part in value.items() if _may_be_published(key) and _may_be_published(part)}
+    if isinstance(value, list):
+        return [_publishable(part) for part in value if _may_be_published(part)]
     return value
+
+
+def _may_be_published(value: Any) -> bool:
+    if isinstance(value, str):
+        return not ABSOLUTE_PATH.search(value)
+    return not isinstance(value, float) or isfinite(value)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -122,6 +136,6 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch raises whatever its zip and pickle readers do
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{path}: not a plain state dict ({reason}); it is not read, as more could run code") from error
-    if not isinstance(value, dict) or not all(isinstance(tensor, Tensor) for tensor in value.values()):
+    if not isinstance(value, dict) or not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items()):
         raise CheckpointError(f"{path}: not a state dict of tensors; save the SAE's state_dict()")
     return value

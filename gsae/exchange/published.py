@@ -1,9 +1,11 @@
 """Directories for others. In: an SAE on raw activations and its description. Out: a whole directory, with a model card, or none."""
 
 import json
-import shutil
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from gsae.errors import ConfigError
@@ -17,34 +19,50 @@ def require_free(output: Path) -> None:
     """Refuse an output that is there already.
 
     Raises:
-        ConfigError: it is a file, or a directory that is not empty.
+        ConfigError: it is a file, or a directory that is not empty or cannot be read.
     """
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise ConfigError(f"{output} is there already; give another directory, or delete it first")
+    with _as_config_error(output):
+        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+            raise ConfigError(f"{output} is there already; give another directory, or delete it first")
 
 
 def write_directory(output: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a directory aside, then fsync and rename it to `output`, which is whole or absent.
+    """Let `write` fill a directory aside, under a name that nobody has, then fsync and rename it to `output`, which is whole or absent.
+
+    An empty directory that is there already stays, as somebody may be in it: the finished files are moved into it.
 
     Raises:
-        ConfigError: `output` is there and not empty.
+        ConfigError: `output` is there and not empty, or cannot be written.
     """
     require_free(output)
-    make_directory(output.absolute().parent)
-    aside = output.with_name(output.name + PARTIAL_SUFFIX)
-    if aside.exists():
-        shutil.rmtree(aside)
+    with _as_config_error(output):
+        final = Path(os.path.realpath(output))
+        is_there = final.is_dir()
+        if not is_there:
+            make_directory(final.parent)
+        with TemporaryDirectory(PARTIAL_SUFFIX, f"{final.name}.", final if is_there else final.parent) as scratch:
+            aside = Path(scratch) / "whole"  # with the permissions of any new directory, which the scratch directory has not
+            aside.mkdir()
+            write(aside)
+            for path in aside.iterdir():
+                fsync_file(path)
+            fsync_directory(aside)
+            if is_there:
+                for path in aside.iterdir():
+                    path.rename(final / path.name)
+            else:
+                aside.rename(final)
+        fsync_directory(final)
+        fsync_directory(final.parent)
+
+
+@contextmanager
+def _as_config_error(output: Path) -> Iterator[None]:
     try:
-        aside.mkdir()
-        write(aside)
-        for path in aside.iterdir():
-            fsync_file(path)
-        fsync_directory(aside)
-        aside.rename(output)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    fsync_directory(output.absolute().parent)
+        yield
+    except OSError as error:
+        place = f", {error.filename}" if error.filename else ""
+        raise ConfigError(f"{output} cannot be written ({error.strerror or error}{place}); give another directory") from error
 
 
 def write_published(directory: Path, sae: SAE, description: Mapping[str, Any], address: str | None) -> None:

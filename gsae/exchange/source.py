@@ -13,6 +13,7 @@ import torch
 from gsae.errors import CheckpointError
 from gsae.exchange import hub
 from gsae.exchange.provenance import provenance
+from gsae.sae.contents import require_weights
 from gsae.sae.folded import FOLDED_KEY
 from gsae.sae.foreign import FILES
 from gsae.sae.formats import DESCRIPTION_FILE, WEIGHTS_FILE, read_sae
@@ -52,7 +53,7 @@ def find_sae(path: str | Path) -> Source:
     if local.exists():
         raise CheckpointError(f"{path} is a file; give the directory with {WEIGHTS_FILE} and {DESCRIPTION_FILE}")
     name, _, revision = str(path).partition("@")
-    if not hub.NAME.fullmatch(name):
+    if not is_on_hub(path):
         raise CheckpointError(
             f"{path}: no such directory; give a run, a checkpoint, a directory that gsae export made, or OWNER/NAME[@REVISION] on the hub"
         )
@@ -60,6 +61,11 @@ def find_sae(path: str | Path) -> Source:
     if not (directory / DESCRIPTION_FILE).exists():
         raise CheckpointError(f"{path} on the hub holds no {DESCRIPTION_FILE}; fetch it with `hf download {name}` and use gsae import")
     return _read(directory)
+
+
+def is_on_hub(path: str | Path) -> bool:
+    """Whether `path` is nothing here, and can be a repository on the hub."""
+    return not Path(path).expanduser().exists() and hub.NAME.fullmatch(str(path).partition("@")[0]) is not None
 
 
 def _read(directory: Path) -> Source:
@@ -71,6 +77,7 @@ def _read(directory: Path) -> Source:
     elif not (directory / DESCRIPTION_FILE).exists():
         raise CheckpointError(f"{directory} holds no {DESCRIPTION_FILE}; {_what_it_is(directory)}")
     saved = read_sae(directory)
+    require_weights(saved.sae.state_dict(), str(directory))
     run = directory.resolve().parent.parent
     run_of_it = run if (run / RUN_FILE).exists() and directory.resolve().parent.name == "checkpoints" else None
     description = dict(saved.description)

@@ -6,7 +6,7 @@ A rank reads the corpus once and deals its lanes' pieces to a packer a lane; whe
 over them. What is written depends on neither the number of ranks nor on interruptions: LLM batches are cut within a shard.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from gsae.config import Config
 from gsae.console import Console, open_console
 from gsae.corpus.contexts import Context, Packer
-from gsae.corpus.documents import corpus_identity, read_pieces
+from gsae.corpus.documents import Piece, corpus_identity, open_bookmarks, read_pieces
 from gsae.corpus.size import expected_tokens, shards_a_lane
 from gsae.errors import CorpusError
 from gsae.harvest.rows import ShardRows, calibrate
@@ -25,6 +25,9 @@ from gsae.store.durable import require_writable
 from gsae.store.manifest import Layout
 from gsae.store.progress import ProgressLog, write_shard
 from gsae.world import Group, World, lanes_of
+
+BOOKMARKS_FILE = "bookmarks.json"
+"""In the store while it is harvested: where in the corpus its documents are."""
 
 
 def run_harvest(config: Config, world: World) -> None:
@@ -151,7 +154,15 @@ def _pending_shards(config: Config, llm: LLM, logs: Sequence[ProgressLog]) -> It
     harvest, num_lanes = config.harvest, config.corpus.num_lanes
     size, limit = harvest.contexts_per_shard, shards_a_lane(config)
     lanes = {log.lane: _Lane(log, Packer(llm.tokenizer, harvest.context_length, log.cursor), []) for log in logs}
-    pieces = read_pieces(config.corpus, "training", lambda document, piece: (document + piece) % num_lanes in lanes) if lanes else ()
+    pieces: Iterable[Piece] = ()
+    if lanes:
+        pieces = read_pieces(
+            config.corpus,
+            "training",
+            lambda document, piece: (document + piece) % num_lanes in lanes,
+            first_document=min(log.cursor.document if log.cursor else 0 for log in logs),
+            bookmarks=open_bookmarks(logs[0].store / BOOKMARKS_FILE, config.corpus, "training"),
+        )
     for piece in pieces:
         lane = lanes[piece.lane(num_lanes)]
         lane.waiting += lane.packer.push(piece)
@@ -176,6 +187,7 @@ def _pending_shards(config: Config, llm: LLM, logs: Sequence[ProgressLog]) -> It
 
 def _finish(store: Path, console: Console) -> None:
     whole = finish.finish(store)
+    (store / BOOKMARKS_FILE).unlink(missing_ok=True)  # nothing is left to resume
     for line in finish.warnings(whole):
         console.warn(line)
     rows = ", ".join(f"{site.name} {site.rows:,} rows (scale {site.scale:.4g})" for site in whole.sites.values())

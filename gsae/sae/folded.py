@@ -88,10 +88,11 @@ class FoldedSAE(nn.Module):
 
     def __init__(self, weights: JumpReluWeights, description: dict[str, Any]) -> None:
         super().__init__()
-        self.W_enc = nn.Parameter(weights.W_enc)
+        # A trained SAE's encoder is stored by feature; safetensors saves contiguous tensors only.
+        self.W_enc = nn.Parameter(weights.W_enc.contiguous())
         self.b_enc = nn.Parameter(weights.b_enc)
         self.threshold = nn.Parameter(weights.threshold)
-        self.W_dec = nn.Parameter(weights.W_dec)
+        self.W_dec = nn.Parameter(weights.W_dec.contiguous())
         self.b_dec = nn.Parameter(weights.b_dec)
         self.description = description
         self.requires_grad_(False)

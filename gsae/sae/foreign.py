@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gsae.errors import CheckpointError
+from gsae.sae.contents import COUNT, FLAG, OBJECT, SIZE, TEXT, or_null, require_fields, require_weights
 from gsae.sae.folded import jumprelu_weights
 from gsae.sae.gated import GatedSAE
 from gsae.sae.objective import SAE
@@ -30,6 +31,10 @@ DICTIONARY_PARAMETERS = {
     "AutoEncoder": ("bias", "encoder.weight", "encoder.bias", "decoder.weight"),
 }
 """By class, the entries of ae.pt."""
+SAELENS_FIELDS = {"architecture": TEXT, "apply_b_dec_to_input": FLAG, "d_in": SIZE, "d_sae": SIZE}
+SAELENS_METADATA = {"model_name": or_null(TEXT), "hook_name": or_null(TEXT), "context_size": or_null(COUNT)}
+DICTIONARY_METADATA = {"layer": or_null(COUNT), "lm_name": or_null(TEXT), "submodule_name": or_null(TEXT)}
+"""What is read of a `cfg.json`, and of the `trainer` in a `config.json`."""
 DICTIONARY_TRAINER = {"GatedAutoEncoder": "GatedSAETrainer", "AutoEncoder": "StandardTrainer"}
 
 
@@ -93,7 +98,10 @@ def from_saelens(tensors: Mapping[str, Tensor], cfg: Mapping[str, Any], where: s
     Raises:
         CheckpointError: we have no such SAE, or the tensors are not those of the architecture.
     """
-    architecture = cfg.get("architecture", "standard")
+    cfg = {"architecture": "standard", "apply_b_dec_to_input": True, **cfg}
+    require_fields(cfg, SAELENS_FIELDS, {"metadata": or_null(OBJECT)}, where)
+    require_fields(saelens_metadata(cfg), {}, SAELENS_METADATA, where)
+    architecture = cfg["architecture"]
     if architecture not in SAELENS_PARAMETERS:
         raise CheckpointError(
             f"{where}: architecture {architecture!r} cannot be imported exactly; give one of {', '.join(SAELENS_PARAMETERS)}"
@@ -105,14 +113,14 @@ def from_saelens(tensors: Mapping[str, Tensor], cfg: Mapping[str, Any], where: s
             )
     if "reshape_activations" not in cfg and "hook_z" in f"{cfg.get('hook_name')} {cfg.get('hook_point')}":
         raise CheckpointError(f"{where}: reshape_activations 'hook_z' cannot be imported exactly; give an SAE of the residual stream")
+    require_weights(tensors, where)
     wide = {name: value.to(torch.float64) for name, value in tensors.items()}
     if bool((wide.pop("scaling_factor", torch.ones(())) != 1).any()):
         raise CheckpointError(f"{where}: scaling_factor (fine-tuned) cannot be imported exactly; fold it in SAELens first")
-    d_model, num_features = _sizes(cfg, "d_in", "d_sae", where)
+    d_model, num_features = cfg["d_in"], cfg["d_sae"]
     shapes = {"W_enc": (d_model, num_features), "W_dec": (num_features, d_model), "b_dec": (d_model,)}
     _require_tensors(wide, shapes | dict.fromkeys(SAELENS_PARAMETERS[architecture], (num_features,)), where)
-    subtracts = cfg.get("apply_b_dec_to_input", True)
-    shift = 0 if subtracts else wide["b_dec"] @ wide["W_enc"]
+    shift = 0 if cfg["apply_b_dec_to_input"] else wide["b_dec"] @ wide["W_enc"]
     decoder = {"W_dec": wide["W_dec"], "b_dec": wide["b_dec"]}
     if architecture == "standard":
         return _sae(ReluSAE, W_enc=wide["W_enc"], b_enc=wide["b_enc"] + shift, **decoder)
@@ -121,6 +129,11 @@ def from_saelens(tensors: Mapping[str, Tensor], cfg: Mapping[str, Any], where: s
         return _sae(GatedSAE, W_gate=wide["W_enc"], r_mag=r_mag, b_mag=b_mag, b_gate=wide["b_gate"] + shift, **decoder)
     b_mag = wide["b_enc"] + shift
     return _sae(GatedSAE, W_gate=wide["W_enc"], r_mag=torch.zeros_like(b_mag), b_mag=b_mag, b_gate=b_mag - wide["threshold"], **decoder)
+
+
+def saelens_metadata(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a `cfg.json` says of the LLM; older formats have it beside the rest."""
+    return cfg.get("metadata") or cfg
 
 
 def dictionary_class(sae: SAE) -> str:
@@ -168,11 +181,16 @@ def from_dictionary(tensors: Mapping[str, Tensor], config: Mapping[str, Any], wh
     Raises:
         CheckpointError: we have no such SAE, or the tensors are not those of the class.
     """
-    trainer = config["trainer"] if isinstance(config.get("trainer"), dict) else {}
-    name = trainer.get("dict_class")
+    require_fields(config, {"trainer": OBJECT}, {"buffer": or_null(OBJECT)}, where)
+    trainer = config["trainer"]
+    require_fields(trainer, {"dict_class": TEXT}, DICTIONARY_METADATA, where)
+    require_fields(config.get("buffer") or {}, {}, {"ctx_len": or_null(COUNT)}, where)
+    name = trainer["dict_class"]
     if name not in DICTIONARY_PARAMETERS:
         raise CheckpointError(f"{where}: dict_class {name!r} cannot be imported exactly; give one of {', '.join(DICTIONARY_PARAMETERS)}")
-    d_model, num_features = _sizes(trainer, "activation_dim", "dict_size", where)
+    require_fields(trainer, {"activation_dim": SIZE, "dict_size": SIZE}, {}, where)
+    require_weights(tensors, where)
+    d_model, num_features = trainer["activation_dim"], trainer["dict_size"]
     shapes: dict[str, tuple[int, ...]] = {"encoder.weight": (num_features, d_model), "decoder.weight": (d_model, num_features)}
     shapes |= {"bias": (d_model,), "decoder_bias": (d_model,)}
     _require_tensors(tensors, {key: shapes.get(key, (num_features,)) for key in DICTIONARY_PARAMETERS[name]}, where)
@@ -194,13 +212,6 @@ def _sae(kind: type[ReluSAE] | type[GatedSAE], **parameters: Tensor) -> SAE:
     sae = kind(d_model, num_features, parameters["W_dec"].dtype)
     sae.load_state_dict(parameters)
     return sae
-
-
-def _sizes(config: Mapping[str, Any], d_model: str, num_features: str, where: str) -> tuple[int, int]:
-    for key in (d_model, num_features):
-        if not isinstance(config.get(key), int):
-            raise CheckpointError(f"{where}: its config has no {key}; fetch it again")
-    return config[d_model], config[num_features]
 
 
 def _require_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:

@@ -10,16 +10,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from gsae.errors import CheckpointError
+from gsae.sae.contents import COUNT, FLAG, NUMBER, OBJECT, PAIR, POSITIVE, SIZE, TEXT, each, or_null, record, require_fields
 from gsae.sae.objective import SAE, SAE_CLASS
 from gsae.sae.relu import ReluSAE
 
 FORMAT = 1
 WEIGHTS_FILE = "sae.safetensors"
 DESCRIPTION_FILE = "sae.json"
+NEEDED = {"objective": TEXT, "d_model": SIZE, "num_features": SIZE, "sha256": TEXT}
+OPTIONAL = {
+    **{"scale": POSITIVE, "training_scale": POSITIVE, "folded": FLAG},
+    **{"site": TEXT, "layer": COUNT, "module": TEXT, "llm": record({"name": TEXT})},
+    **{"lambda": NUMBER, "pre_activation_loss": NUMBER, "resampling": FLAG, "rows": COUNT, "context_length": COUNT, "text": OBJECT},
+    "mask": record({}, {"outlier_multiple": NUMBER, "max_norm": NUMBER}),
+    "results": record(
+        {
+            "metrics": each(or_null(NUMBER)),
+            "intervals": each(or_null(PAIR)),
+            "counts": record({"kept_rows": COUNT, "documents": COUNT}),
+            "definitions": each(TEXT),
+        }
+    ),
+    "imported_from": record({"library": TEXT}),
+}
+"""The keys of a description that are read again, by loading or by a model card; others are free."""
 
 
 class SavedSAE(NamedTuple):
@@ -61,31 +80,47 @@ def read_sae(directory: Path) -> SavedSAE:
         raise CheckpointError(
             f"{path}: SHA-256 differs from {DESCRIPTION_FILE}, the file is damaged; use another checkpoint, or copy it again"
         )
-    tensors = load_tensors(data)
-    dtype = next(iter(tensors.values())).dtype
-    sae = SAE_CLASS[description["objective"]](description["d_model"], description["num_features"], dtype)
     try:
+        tensors = load_tensors(data)
+        dtype = next((tensor.dtype for tensor in tensors.values()), torch.float32)
+        sae = SAE_CLASS[description["objective"]](description["d_model"], description["num_features"], dtype)
         sae.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit {DESCRIPTION_FILE}: {' '.join(str(error).split())}; use another checkpoint") from error
     return SavedSAE(sae, description)
 
 
-def _read_description(path: Path) -> dict[str, Any]:
-    cure = f"give a directory with {DESCRIPTION_FILE} written by gsae"
+def read_object(path: Path, cure: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: the file.
+        cure: what to do where there is none, for messages.
+
+    Raises:
+        CheckpointError: there is no such file, or it holds something else.
+    """
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; {cure}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); {cure}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a JSON object; {cure}")
+    return value
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    cure = f"give a directory with {DESCRIPTION_FILE} written by gsae"
+    description = read_object(path, cure)
+    try:
+        json.dumps(description, allow_nan=False)
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error}); {cure}") from error
-    if not isinstance(description, dict):
-        raise CheckpointError(f"{path}: not a JSON object; {cure}")
-    missing = [key for key in ("format", "objective", "d_model", "num_features", "sha256") if key not in description]
-    if missing:
-        raise CheckpointError(f"{path}: has no {missing[0]!r}; {cure}")
-    if description["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format {description['format']!r}, this version reads {FORMAT}; use the gsae that wrote it")
+    if description.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {description.get('format')!r}, this version reads {FORMAT}; use the gsae that wrote it")
+    require_fields(description, NEEDED, OPTIONAL, str(path))
     if description["objective"] not in SAE_CLASS:
         raise CheckpointError(f"{path}: objective {description['objective']!r} is none of {', '.join(SAE_CLASS)}; {cure}")
     return description

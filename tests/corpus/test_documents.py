@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from gsae.config import CorpusConfig
 from gsae.corpus import documents as documents_module
 from gsae.corpus.documents import Piece, corpus_identity, cut_at_whitespace, read_documents, read_pieces, seeded_hash
+from gsae.corpus.entries import Entry
 from gsae.errors import CorpusError
 
 SPLITS = ("training", "held_out")
@@ -116,7 +117,7 @@ def test_fever_is_detokenised_on_request(write):
 @pytest.mark.parametrize(
     ("texts", "settings", "split", "says"),
     [
-        ({"a": "", "b": " "}, {}, "training", "which holds no jsonl text; check it and corpus.format"),
+        ({"a": "", "b": " "}, {}, "training", r"which holds no jsonl text; check it, corpus.format and corpus.text_column \(text\)"),
         (
             {"a": "one"},
             {"held_out_fraction": 1e-9},
@@ -178,6 +179,15 @@ def test_pieces_are_numbered_in_their_document_and_filtered_on_request(write):
     wanted = [piece for piece in expected if piece.lane(3) == 1]
     assert wanted == [expected[1], expected[4]]
     assert list(read_pieces(config, "training", lambda document, piece: (document + piece) % 3 == 1)) == wanted
+
+
+@given(st.text(alphabet=st.sampled_from("ab "), min_size=1, max_size=60), st.integers(1, 12))
+def test_a_piece_is_given_however_many_there_are_before_it(text, limit):
+    # Words of 6 letters in pieces of 10: one word each, nearly twice as many pieces as the text has tens of letters.
+    for document in (text, "abcdef " * 20):
+        pieces = list(cut_at_whitespace(document, limit))
+        assert len(pieces) <= documents_module._most_pieces(CorpusConfig(piece_characters=limit), Entry("", document))
+    assert len(list(cut_at_whitespace("abcdef " * 20, 10))) == 20 > len("abcdef " * 20) // 11 + 1
 
 
 @pytest.mark.demo

@@ -1,13 +1,16 @@
 import bz2
-import json
 import tracemalloc
 import zipfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from corpora import as_lines
 
-from gsae.config import CorpusConfig
-from gsae.corpus.formats import find_files, read_entries
-from gsae.errors import CorpusError
+from gsae.config import CorpusConfig, DataSetConfig
+from gsae.corpus.files import find_files
+from gsae.corpus.formats import read_entries
+from gsae.errors import ConfigError, CorpusError
 
 PAGE = "<page><title>{title}</title><ns>{namespace}</ns><id>{id}</id>{redirect}<revision><id>9</id><text>{text}</text></revision></page>"
 
@@ -20,8 +23,8 @@ def mediawiki(*pages):
     return f'<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/"><siteinfo/>{"".join(pages)}</mediawiki>'
 
 
-def entries(path, format):
-    return [(entry.id, entry.raw) for entry in read_entries(CorpusConfig(path=str(path), format=format))]
+def entries(path, format, **settings):
+    return [(entry.id, entry.raw) for entry in read_entries(CorpusConfig(path=str(path), format=format, **settings))]
 
 
 @pytest.fixture
@@ -36,10 +39,6 @@ def fever_rows():
     ]
     second = [blank, {"id": "Caf\u00e9_-LRB-bar-RRB-", "text": "A caf\u00e9 -LRB- bar -RRB- .", "lines": ""}]
     return {"wiki-001.jsonl": first, "wiki-002.jsonl": second}
-
-
-def as_lines(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 @pytest.fixture
@@ -105,6 +104,59 @@ def test_jsonl_lines_without_an_id_are_named_by_file_and_line(tmp_path):
     assert entries(tmp_path / "**" / "*.jsonl", "jsonl") == expected
 
 
+def test_columns_may_have_other_names(tmp_path):
+    rows = [
+        {"uid": "a", "id": 1, "body": "one", "text": None},
+        {"uid": "b", "id": 2, "body": "", "text": None},
+        {"uid": 7, "body": "three"},
+    ]
+    (tmp_path / "a.jsonl").write_text(as_lines(rows))
+    pq.write_table(pa.Table.from_pylist([{**row, "uid": str(row["uid"])} for row in rows]), tmp_path / "a.parquet")
+    for format in ("jsonl", "parquet"):
+        assert entries(tmp_path, format, text_column="body", id_column="uid") == [("a", "one"), ("7", "three")]
+        assert entries(tmp_path, format, text_column="body") == [("1", "one"), (f"a.{format}:3", "three")]
+
+
+def test_parquet_rows_without_an_id_are_named_by_file_and_row_whatever_the_row_groups(tmp_path):
+    texts = [f"text {number}" for number in range(20)]
+    pq.write_table(pa.table({"text": pa.array(texts).dictionary_encode()}), tmp_path / "a.parquet", row_group_size=3)
+    pq.write_table(pa.table({"text": pa.array(texts, pa.large_string())}), tmp_path / "b.parquet")
+    assert entries(tmp_path, "parquet") == [(f"{name}.parquet:{row}", text) for name in "ab" for row, text in enumerate(texts, start=1)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"text_column": "body"}, "no column 'body' .it has text, number, blank.; set corpus.text_column to one of them"),
+        ({"text_column": "number"}, "a.parquet: column 'number' holds int64, not strings; set corpus.text_column to text or blank"),
+        ({}, "a.parquet, row 1300: null under 'text'; leave such rows out, or set another corpus.text_column"),
+        ({"id_column": "key"}, "a.parquet: no column 'key' .*; set corpus.id_column to one of them"),
+        ({"text_column": "blank", "id_column": "text"}, "row 1300: null under 'text'; set another corpus.id_column, or leave it out"),
+    ],
+)
+def test_a_column_of_a_parquet_that_cannot_be_read_is_named_in_one_line(tmp_path, settings, says):
+    texts = [*(f"text {number}" for number in range(1299)), None]
+    pq.write_table(pa.table({"text": texts, "number": range(1300), "blank": [" "] * 1300}), tmp_path / "a.parquet", row_group_size=1000)
+    with pytest.raises(CorpusError, match=says) as raised:
+        entries(tmp_path, "parquet", **settings)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"text_column": ""}, "corpus.text_column is empty"),
+        ({"id_column": ""}, "corpus.id_column is empty"),
+        ({"format": "fever", "text_column": "lines"}, "do not go with corpus.format 'fever'"),
+        ({"format": "text", "id_column": "name"}, "do not go with corpus.format 'text'"),
+        ({"format": "jsonl", "dataset": DataSetConfig(subset="de")}, "corpus.dataset does not go with corpus.format 'jsonl'"),
+    ],
+)
+def test_settings_of_another_format_are_refused(settings, says):
+    with pytest.raises(ConfigError, match=says):
+        CorpusConfig(**{"format": "jsonl", **settings})
+
+
 def test_text_files_are_named_by_their_path_below_the_fixed_part_of_the_pattern(tmp_path):
     for name in ("books/one.txt", "books/old/two.txt", "books/notes.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +186,11 @@ def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path):
         ("jsonl", "a.jsonl", b'{"text": "\xff"}', "a.jsonl, line 1: not JSON"),
         ("jsonl", "a.jsonl", b'["one"]', "a.jsonl, line 1: not an object with a string under 'text'"),
         ("fever", "a.jsonl", b'{"id": "A", "text": null}', "a.jsonl, line 1: not an object with a string under 'text'"),
+        ("jsonl", "a.jsonl", b'{"body": "one", "title": "t"}', "line 1: .*under 'text' but with body, title; .* corpus.text_column"),
+        ("jsonl", "a.jsonl", b'{"text": 7}', "a.jsonl, line 1: not an object with a string under 'text'"),
         ("text", "a.txt", b"\xff\xfe", "a.txt: not readable as text"),
+        ("parquet", "missing", None, "missing.*is not there; name .parquet files"),
+        ("parquet", "a.parquet", b"PAR1 and no more", "a.parquet: not readable as parquet .*; check corpus.format"),
     ],
 )
 def test_what_cannot_be_read_is_named_in_one_line(tmp_path, format, name, content, says):
@@ -143,6 +199,12 @@ def test_what_cannot_be_read_is_named_in_one_line(tmp_path, format, name, conten
     with pytest.raises(CorpusError, match=says) as raised:
         entries(tmp_path / name, format)
     assert "\n" not in str(raised.value)
+
+
+def test_a_line_without_the_id_that_is_asked_for_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text(as_lines([{"text": "one", "key": 1}, {"text": "two"}]))
+    with pytest.raises(CorpusError, match=r"a.jsonl, line 2: nothing under 'key'; check corpus.id_column"):
+        entries(tmp_path, "jsonl", id_column="key")
 
 
 def test_an_empty_path_is_not_the_working_directory():

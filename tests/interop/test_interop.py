@@ -75,8 +75,9 @@ def test_saelens_sees_where_the_sae_belongs(tmp_path, target):
 def test_dictionary_learning_s_own_loader_finds_the_class(tmp_path):
     run = MadeUpRun("relu").write(tmp_path / "runs")
     directory = run_export(str(run), "dictionary_learning").directory
-    utils = pytest.importorskip("dictionary_learning.utils")
-    dictionary, config = utils.load_dictionary(str(directory), "cpu")
+    from dictionary_learning.utils import load_dictionary
+
+    dictionary, config = load_dictionary(str(directory), "cpu")
     assert_same(as_trained(run, raw_rows())[0], dictionary.encode(raw_rows()))
     assert (config["trainer"]["lm_name"], config["trainer"]["layer"], config["buffer"]["ctx_len"]) == ("owner/llama", 1, 128)
 
@@ -112,6 +113,7 @@ def test_we_import_what_dictionary_learning_saves(tmp_path, name):
 
     trainer_class = {"GatedAutoEncoder": GatedSAETrainer, "AutoEncoder": StandardTrainer}[name]
     settings = {"activation_dim": D_MODEL, "dict_size": FEATURES, "layer": 3, "lm_name": "owner/llama", "device": "cpu"}
+    settings["submodule_name"] = "resid_post_layer_3"
     trainer = trainer_class(steps=20_000, dict_class=getattr(dictionary_learning, name), **settings)
     theirs, x = randomise(trainer.ae), raw_rows()
     (tmp_path / "theirs").mkdir()

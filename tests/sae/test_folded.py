@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gsae.sae.folded import FoldedSAE, folded, folded_description, jumprelu_weights
 from gsae.sae.objective import SAE_CLASS, build
@@ -131,6 +132,13 @@ def test_a_wrong_last_axis_is_named():
         user.encode(torch.zeros(3, 7))
     with pytest.raises(ValueError, match=r"f has shape \(3, 6\); its last axis must be the number of features, 40"):
         user.decode(torch.zeros(3, 6))
+
+
+@pytest.mark.parametrize("name", SAE_CLASS)
+def test_safetensors_saves_it(tmp_path, name):
+    user = folded_sae(name)
+    save_file(user.state_dict(), tmp_path / "folded.safetensors")
+    assert all(torch.equal(value, user.state_dict()[key]) for key, value in load_file(tmp_path / "folded.safetensors").items())
 
 
 def test_the_repr_says_what_it_is():

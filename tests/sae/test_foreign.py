@@ -139,7 +139,7 @@ def test_the_config_says_where_the_sae_belongs_and_what_was_masked():
         ({"reshape_activations": "hook_z"}, "reshape_activations 'hook_z'"),
         ({"hook_name": "blocks.3.attn.hook_z"}, "reshape_activations 'hook_z'"),
         ({"activation_fn_str": "tanh-relu"}, "activation_fn_str 'tanh-relu'"),
-        ({"d_in": None}, "has no d_in"),
+        ({"d_in": None}, "d_in is None, not a whole number above 0"),
         ({"d_sae": 31}, r"tensor W_dec is \(30, 5\), its config asks for \(31, 5\)"),
         ({"architecture": "gated"}, "tensor b_enc is .*, its config asks for none of that name"),
     ],
@@ -158,14 +158,22 @@ def test_a_missing_tensor_and_a_fine_tuned_one_are_refused():
         from_saelens({**tensors, "scaling_factor": torch.full((FEATURES,), 1.5)}, cfg("standard"), "here")
 
 
+def test_what_is_of_another_kind_is_called_so_before_its_parts_are_looked_at():
+    counter = {"k": torch.tensor(3)}
+    with pytest.raises(CheckpointError, match="architecture 'topk' cannot be imported exactly"):
+        from_saelens(counter, cfg("topk"), "here")
+    with pytest.raises(CheckpointError, match="dict_class 'AutoEncoderTopK' cannot be imported exactly"):
+        from_dictionary(counter, {"trainer": {"dict_class": "AutoEncoderTopK"}}, "here")
+
+
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
         ({"dict_class": "AutoEncoderTopK"}, "dict_class 'AutoEncoderTopK' cannot be imported exactly; give one of GatedAutoEncoder"),
-        ({"dict_class": None}, "dict_class None"),
+        ({"dict_class": None}, "dict_class is None, not a text"),
         ({"dict_class": "AutoEncoder"}, "tensor bias is missing"),
         ({"dict_size": 29}, r"tensor decoder.weight is \(5, 30\), its config asks for \(5, 29\)"),
-        ({"activation_dim": "5"}, "has no activation_dim"),
+        ({"activation_dim": "5"}, "activation_dim is '5', not a whole number above 0"),
     ],
 )
 def test_a_dictionary_that_is_not_ours_is_refused(trainer, message):

@@ -1,9 +1,11 @@
 """The native format: a round trip, damage, and the scale folded into the weights."""
 
+import hashlib
 import json
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from gsae.errors import CheckpointError
 from gsae.sae.formats import fold_scale, read_sae, save_sae
@@ -67,16 +69,55 @@ def test_a_cut_description_is_refused(saved):
         ({"objective": "topk"}, "objective 'topk' is none of relu, gated"),
         ({"objective": "relu"}, "does not fit sae.json"),
         ({"num_features": 8}, "does not fit sae.json"),
+        ({"num_features": 2**30}, "does not fit sae.json"),
+        ({"objective": ["gated"]}, r"objective is \['gated'\], not a text"),
+        ({"d_model": "x"}, "d_model is 'x', not a whole number above 0"),
+        ({"d_model": 10**30}, "d_model is 10*, not a whole number above 0"),
+        ({"num_features": True}, "num_features is True, not a whole number above 0"),
+        ({"sha256": 3}, "sha256 is 3, not a text"),
+        ({"scale": "abc"}, "scale is 'abc', not a number above 0"),
+        ({"scale": 0}, "scale is 0, not a number above 0"),
+        ({"scale": None}, "scale is None, not a number above 0"),
+        ({"scale": 1e999}, "not JSON"),
+        ({"lambda": float("nan")}, "not JSON"),
+        ({"folded": "false"}, "folded is 'false', not true or false"),
+        ({"llm": "gpt2"}, "llm is 'gpt2', not an object with name"),
+        ({"llm": {}}, "llm is {}, not an object with name"),
+        ({"site": 3}, "site is 3, not a text"),
+        ({"layer": True}, "layer is True, not a whole number"),
+        ({"rows": "many"}, "rows is 'many', not a whole number"),
+        ({"pre_activation_loss": "x"}, "pre_activation_loss is 'x', not a number"),
+        ({"text": "x"}, "text is 'x', not an object"),
+        ({"mask": {"max_norm": "x"}}, "mask is .*, not an object"),
+        ({"results": {"metrics": {}, "intervals": {}, "definitions": {}}}, "results is .*, not an object with metrics, intervals, counts"),
+        (
+            {"results": {"metrics": {"l0": "x"}, "intervals": {}, "definitions": {}, "counts": {"kept_rows": 1, "documents": 1}}},
+            "results is",
+        ),
+        ({"imported_from": "x"}, "imported_from is 'x', not an object with library"),
     ],
 )
 def test_another_description_is_refused(saved, change, message):
     path = saved / "sae.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_sae(saved)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tensors", [{}, {"W_dec": torch.ones(9, 4, dtype=torch.int64)}, b"no tensors"])
+def test_weights_with_the_right_hash_that_are_none_are_refused(saved, tensors):
+    data = tensors if isinstance(tensors, bytes) else save(tensors)
+    (saved / "sae.safetensors").write_bytes(data)
+    path = saved / "sae.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": hashlib.sha256(data).hexdigest()}))
+    with pytest.raises(CheckpointError, match=r"sae.safetensors does not fit sae.json: "):
         read_sae(saved)
 
 
-@pytest.mark.parametrize(("text", "message"), [("[1]", "not a JSON object"), ('{"format": 1}', "has no 'objective'")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("[1]", "not a JSON object"), ("[" * 100_000, "not JSON"), ('{"format": 1}', "has no 'objective'")]
+)
 def test_a_description_without_the_needed_keys_is_refused(saved, text, message):
     (saved / "sae.json").write_text(text)
     with pytest.raises(CheckpointError, match=message):
