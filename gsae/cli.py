@@ -28,7 +28,8 @@ STAGES = {
     "evaluate": "held-out text through the LLM with each SAE spliced in",
     "report": "one page, table and plots of finished runs",
     "plan": "disk, memory and steps that a config will need, before anything runs",
-    "verify": "check a store or a run directory byte for byte",
+    "verify": "check a store or a run directory byte for byte; --repair takes out of a store what is broken",
+    "inspect": "norms, dropped tokens and lanes of a store, and a picture of them",
     "export": "write an SAE for use by others: our published form, SAELens, dictionary_learning",
     "import": "take over an SAE of SAELens or dictionary_learning",
 }
@@ -78,6 +79,8 @@ def _dispatch(words: list[str]) -> int:
         return _report(rest)
     if stage == "verify":
         return _verify(rest)
+    if stage == "inspect":
+        return _inspect(rest)
     if stage == "export":
         return _export(rest)
     if stage == "import":
@@ -141,16 +144,40 @@ def _report(words: list[str]) -> int:
 
 
 def _verify(words: list[str]) -> int:
-    if len(words) != 1 or words[0] in ("-h", "--help"):
-        sys.stdout.write("usage: gsae verify PATH\n\nPATH is an activation store, a run directory, or a directory that holds runs.\n")
-        return 0 if words and words[0] in ("-h", "--help") else 2
+    parser = _Parser(prog="gsae verify", allow_abbrev=False, description="Everything is read again; nothing is changed without --repair.")
+    parser.add_argument("path", type=Path, metavar="PATH", help="an activation store, a run directory, or a directory that holds some")
+    repair = "remove what is broken in stores, so that gsae harvest rebuilds just that; nothing else may be writing to them"
+    parser.add_argument("--repair", action="store_true", help=repair)
+    given = _parse(parser, words)
+    if given is None:
+        return 0
     from gsae.verify import verify
 
-    report = verify(Path(words[0]))
-    for problem in report.problems:
-        sys.stdout.write(f"{problem}\n")
-    sys.stdout.write(f"{words[0]}: {report.checked}; {len(report.problems) or 'no'} problem{'' if len(report.problems) == 1 else 's'}\n")
-    return 2 if report.problems else 0
+    report = verify(given.path, given.repair)
+    for line in (*report.problems, *report.removed):
+        sys.stdout.write(f"{line}\n")
+    count = len(report.problems)
+    advice = ""
+    if report.num_repaired:
+        advice = f", {report.num_repaired} of them repaired; run gsae harvest with the same config to rebuild what is missing"
+    sys.stdout.write(f"{given.path}: {report.checked}; {count or 'no'} problem{'' if count == 1 else 's'}{advice}\n")
+    return 2 if count > report.num_repaired else 0
+
+
+def _inspect(words: list[str]) -> int:
+    parser = _Parser(
+        prog="gsae inspect", allow_abbrev=False, description="What the rows of a whole store are like, and which are not in it."
+    )
+    parser.add_argument("store", type=Path, metavar="STORE", help="an activation store")
+    parser.add_argument("--json", action="store_true", help="write one JSON object, for machines")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="directory for norms.png and norms.svg; default: inspect in the store")
+    given = _parse(parser, words)
+    if given is None:
+        return 0
+    from gsae.inspect.run import run_inspect
+
+    run_inspect(given.store, given.output or given.store / "inspect", as_json=given.json)
+    return 0
 
 
 class _Parser(argparse.ArgumentParser):

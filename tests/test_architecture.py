@@ -16,8 +16,9 @@ MAY_IMPORT = {
     **{stage: FOUNDATIONS | ROOMS | {"store", stage} for stage in STAGES},
     "plan": FOUNDATIONS | ROOMS | {"store", "train"},
     "verify": FOUNDATIONS | {"store"},
+    "inspect": FOUNDATIONS | {"store", "inspect"},
     "exchange": FOUNDATIONS | {"sae", "store", "exchange"},
-    "cli": FOUNDATIONS | STAGES | {"plan", "verify", "exchange"},
+    "cli": FOUNDATIONS | STAGES | {"plan", "verify", "inspect", "exchange"},
     "__main__": {"cli"},
     "__init__": {"exchange"},
 }

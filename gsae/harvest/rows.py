@@ -1,7 +1,7 @@
 """From contexts to the rows that are stored. In: the contexts of a shard. Out: kept rows and their statistics at every site."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from gsae.llm.site import Site, capture
 from gsae.store.manifest import Layout
 from gsae.store.progress import SiteRows
 from gsae.store.shards import DTYPES, ContextRows
-from gsae.store.statistics import SiteStatistics, merge, no_rows, site_statistics
+from gsae.store.statistics import SiteStatistics, dropped_rows, merge, no_rows, site_statistics
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,19 @@ class ShardRows:
     def _statistics(
         self, site: str, batch: LLMBatch, x: Float[Tensor, "contexts length d_model"], kept: Bool[Tensor, "contexts length"]
     ) -> SiteStatistics:
-        found = batch.candidates
+        found, median_norm = batch.candidates, self._median_norms[site]
         dropped = {"first": int(found.first.sum()), "special": int(found.special.sum())}
-        return site_statistics(x[found.rows], kept[found.rows], self._median_norms[site], dropped)
+        statistics = site_statistics(x[found.rows], kept[found.rows], median_norm, dropped)
+        is_finite = torch.isfinite(x).all(dim=-1)
+        reasons = {
+            "first": found.first,
+            "special": found.special,
+            "outlier": found.rows & ~kept & is_finite,
+            "non_finite": found.rows & ~is_finite,
+        }
+        spell = self._llm.tokenizer.convert_ids_to_tokens
+        rows = {reason: dropped_rows(x[out], spell(batch.tokens[out].tolist()), median_norm) for reason, out in reasons.items()}
+        return replace(statistics, dropped_rows=rows)
 
 
 def _split_by_context(

@@ -130,15 +130,21 @@ def check_identity(store: Path, identity: Mapping[str, Any]) -> None:
         if (store / "progress").exists():
             raise StoreError(f"{store} holds progress logs but no {IDENTITY_FILE}; give harvest.store another directory")
         return
-    there, here = _flatten(read_identity(store)), _flatten(identity)
-    differing = [name for name in sorted(there.keys() | here.keys()) if _show(there, name) != _show(here, name)]
-    if differing:
-        name = differing[0]
-        others = f" (also different: {', '.join(differing[1:])})" if len(differing) > 1 else ""
+    differences = identity_differences(read_identity(store), identity)
+    if differences:
+        name, (there, here) = next(iter(differences.items()))
+        others = f" (also different: {', '.join([*differences][1:])})" if len(differences) > 1 else ""
         raise StoreError(
-            f"store {store} was harvested with {name} {_show(there, name)}, this config has {_show(here, name)}{others}; "
+            f"store {store} was harvested with {name} {there}, this config has {here}{others}; "
             "give harvest.store another directory, or restore the setting"
         )
+
+
+def identity_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The fields in which two identities differ, nested keys joined by dots, with both values as JSON, or `absent`."""
+    there, here = _flatten(one), _flatten(other)
+    shown = {name: (_show(there, name), _show(here, name)) for name in sorted(there.keys() | here.keys())}
+    return {name: values for name, values in shown.items() if values[0] != values[1]}
 
 
 def begin(store: Path, layout: Layout, settings: Mapping[str, Any]) -> None:

@@ -4,14 +4,15 @@ All sums are float64 and added in a fixed order, so they depend neither on the r
 """
 
 import base64
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 NORM_MULTIPLES = (2, 3, 5, 10)
@@ -28,6 +29,24 @@ class Tally:
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(self.rows + other.rows, self.squared_norm + other.squared_norm)
+
+
+NORM_BINS_AN_OCTAVE = 4
+LOWEST_NORM_BIN = -10 * NORM_BINS_AN_OCTAVE
+"""It also counts the rows below it."""
+
+
+@dataclass(frozen=True)
+class DroppedRows:
+    """What the rows were that one reason kept out: their vectors are not stored."""
+
+    tokens: dict[str, int]
+    """Rows by token, as the tokenizer spells it."""
+    norms: dict[int, int]
+    """Rows by `norm_bins`; rows that are not finite are in none."""
+
+    def __add__(self, other: "DroppedRows") -> "DroppedRows":
+        return DroppedRows(_add_counts(self.tokens, other.tokens), _add_counts(self.norms, other.norms))
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +66,8 @@ class SiteStatistics:
     """The same of candidates."""
     dropped: dict[str, int]
     """Rows that are not kept, by reason."""
+    dropped_rows: dict[str, DroppedRows] = field(default_factory=dict)
+    """What they were, by reason; empty in stores older than this record."""
 
     def __add__(self, other: "SiteStatistics") -> "SiteStatistics":
         return SiteStatistics(
@@ -55,7 +76,11 @@ class SiteStatistics:
             self.candidates + other.candidates,
             {multiple: self.kept_above[multiple] + other.kept_above[multiple] for multiple in NORM_MULTIPLES},
             {multiple: self.candidates_above[multiple] + other.candidates_above[multiple] for multiple in NORM_MULTIPLES},
-            {reason: self.dropped.get(reason, 0) + other.dropped.get(reason, 0) for reason in sorted({*self.dropped, *other.dropped})},
+            _add_counts(self.dropped, other.dropped),
+            {
+                reason: self.dropped_rows.get(reason, _NO_DROPPED_ROWS) + other.dropped_rows.get(reason, _NO_DROPPED_ROWS)
+                for reason in sorted({*self.dropped_rows, *other.dropped_rows})
+            },
         )
 
     @property
@@ -82,6 +107,10 @@ class SiteStatistics:
             "kept_above": {str(multiple): _tally_to_json(tally) for multiple, tally in self.kept_above.items()},
             "candidates_above": {str(multiple): _tally_to_json(tally) for multiple, tally in self.candidates_above.items()},
             "dropped": self.dropped,
+            "dropped_rows": {
+                reason: {"tokens": rows.tokens, "norms": {str(number): count for number, count in rows.norms.items()}}
+                for reason, rows in self.dropped_rows.items()
+            },
         }
 
     @classmethod
@@ -94,6 +123,10 @@ class SiteStatistics:
             {multiple: Tally(*value["kept_above"][str(multiple)]) for multiple in NORM_MULTIPLES},
             {multiple: Tally(*value["candidates_above"][str(multiple)]) for multiple in NORM_MULTIPLES},
             dict(value["dropped"]),
+            {
+                reason: DroppedRows(dict(rows["tokens"]), {int(number): count for number, count in rows["norms"].items()})
+                for reason, rows in value.get("dropped_rows", {}).items()
+            },
         )
 
 
@@ -137,9 +170,41 @@ def site_statistics(
     )
 
 
+def norm_bins(norms: Float[np.ndarray, " rows"], median_norm: float) -> Int[np.ndarray, " rows"]:
+    """The bin of each norm: bin k holds norms from 2^(k/4) to 2^((k+1)/4) times the site's median norm; all norms are finite."""
+    with np.errstate(divide="ignore"):  # a row of zeros lies in the lowest bin
+        octaves = np.log2(norms.astype(np.float64) / median_norm)
+    bins: Int[np.ndarray, " rows"] = np.floor(np.maximum(NORM_BINS_AN_OCTAVE * octaves, LOWEST_NORM_BIN)).astype(np.int64)
+    return bins
+
+
+def dropped_rows(x: Float[Tensor, "rows d_model"], tokens: Sequence[str], median_norm: float) -> DroppedRows:
+    """What the rows are that one reason keeps out.
+
+    Args:
+        x: the rows, converted to the storage type; on any device.
+        tokens: the token of each, as the tokenizer spells it.
+        median_norm: the site's median norm, from the calibration sample.
+    """
+    norms = x.to(torch.float64).square().sum(dim=1).sqrt().cpu().numpy()
+    bins: list[int] = norm_bins(norms[np.isfinite(norms)], median_norm).tolist()
+    return DroppedRows(_add_counts({}, Counter(tokens)), _add_counts({}, Counter(bins)))
+
+
 def merge(parts: Iterable[SiteStatistics]) -> SiteStatistics:
     """The statistics of all parts together, added in their order; at least one."""
     return reduce(SiteStatistics.__add__, parts)
+
+
+_Key = TypeVar("_Key", str, int)
+
+
+def _add_counts(one: Mapping[_Key, int], other: Mapping[_Key, int]) -> dict[_Key, int]:
+    """Both counts together, in the order of the keys."""
+    return {key: one.get(key, 0) + other.get(key, 0) for key in sorted(set(one) | set(other))}
+
+
+_NO_DROPPED_ROWS = DroppedRows({}, {})
 
 
 def _tally(squared_norms: np.ndarray[Any, np.dtype[np.float64]], chosen: np.ndarray[Any, np.dtype[np.bool_]]) -> Tally:

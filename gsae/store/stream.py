@@ -18,7 +18,7 @@ from torch import Tensor
 from gsae.errors import ConfigError, StoreError
 from gsae.store.manifest import Manifest, load
 from gsae.store.progress import progress_sha256, read_records, require_complete, require_rows
-from gsae.store.shards import DTYPES, HARVEST_AGAIN, TarRecord, read_tar, tar_path
+from gsae.store.shards import DTYPES, TarRecord, read_tar, tar_path
 from gsae.store.windows import LaneReader, Place, Window
 
 
@@ -215,7 +215,9 @@ def _tars_of_lane(store: Path, manifest: Manifest, site: str, lane: int) -> list
     records = read_records(store, lane)
     require_complete(store, lane, records)
     if progress_sha256(store, lane) != manifest.lanes[lane].progress_sha256:
-        raise StoreError(f"progress log of lane {lane} in {store} was changed after the manifest was written; {HARVEST_AGAIN}")
+        raise StoreError(
+            f"progress log of lane {lane} in {store} was changed after the manifest was written; run gsae verify {store} --repair"
+        )
     tars = [record.sites[site].tar for record in records]
     require_rows(site, lane, manifest.num_lanes, sum(tar.rows for tar in tars))
     return tars

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -7,7 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gsae.store.statistics import NORM_MULTIPLES, SiteStatistics, Tally, merge, no_rows, site_statistics
+from gsae.store.statistics import (
+    LOWEST_NORM_BIN,
+    NORM_MULTIPLES,
+    DroppedRows,
+    SiteStatistics,
+    Tally,
+    dropped_rows,
+    merge,
+    no_rows,
+    site_statistics,
+)
 
 MEDIAN_NORM = 2.0
 
@@ -94,3 +105,30 @@ def test_statistics_survive_json_bit_for_bit():
     assert json.dumps(again.to_json()) == text
     assert again.kept == statistics.kept
     assert again.candidates_above == statistics.candidates_above
+
+
+def with_dropped(**reasons):
+    return replace(no_rows(2), dropped_rows=reasons)
+
+
+def test_dropped_rows_by_hand():
+    # Norms 5, 10, 0 and infinity with a median of 5: octaves 0 and 1 are bins 0 and 4, zeros are in the lowest, infinity in none.
+    x = torch.tensor([[3.0, 4.0], [6.0, 8.0], [0.0, 0.0], [math.inf, 0.0]])
+    assert dropped_rows(x, ["b", "a", "b", "a"], 5.0) == DroppedRows({"a": 2, "b": 2}, {LOWEST_NORM_BIN: 1, 0: 1, 4: 1})
+
+
+def test_dropped_rows_add_up_by_reason_and_survive_json():
+    one = with_dropped(first=DroppedRows({"<s>": 2}, {8: 2}))
+    other = with_dropped(first=DroppedRows({"<s>": 1, "a": 1}, {-3: 1, 8: 1}), outlier=DroppedRows({".": 1}, {20: 1}))
+    together = merge([one, other])
+    assert together.dropped_rows == {
+        "first": DroppedRows({"<s>": 3, "a": 1}, {-3: 1, 8: 3}),
+        "outlier": DroppedRows({".": 1}, {20: 1}),
+    }
+    assert SiteStatistics.from_json(json.loads(json.dumps(together.to_json()))).dropped_rows == together.dropped_rows
+
+
+def test_statistics_of_before_dropped_rows_were_recorded_are_read():
+    old = with_dropped(first=DroppedRows({"<s>": 2}, {8: 2})).to_json()
+    del old["dropped_rows"]
+    assert SiteStatistics.from_json(old).dropped_rows == {}

@@ -1,0 +1,1 @@
+"""`gsae inspect`: what the rows of a store are like."""

@@ -1,0 +1,34 @@
+"""`gsae inspect`. In: a store. Out: tables or JSON on stdout, and a picture in a directory."""
+
+import json
+import sys
+from pathlib import Path
+
+from gsae.inspect.measure import inspect_store
+from gsae.inspect.plots import write_plots
+from gsae.inspect.show import show
+from gsae.store.durable import require_writable
+
+
+def run_inspect(store: Path, output: Path, as_json: bool) -> None:
+    """Look at a whole store, say what is in it, and draw it.
+
+    Args:
+        store: directory of the store.
+        output: directory of `norms.png` and `norms.svg`; made where it is missing.
+        as_json: whether to write one JSON object instead of tables.
+
+    Raises:
+        StoreError: there is no store, or it is not whole or damaged.
+        ConfigError: `output` cannot be written.
+    """
+    inspection = inspect_store(store)
+    require_writable(output, "--output")
+    pictures = write_plots(inspection, output)
+    if as_json:
+        content = {**inspection.to_json(), "pictures": [str(path) for path in pictures]}
+        sys.stdout.write(json.dumps(content, allow_nan=False) + "\n")
+        return
+    show(inspection)
+    for path in pictures:
+        sys.stdout.write(f"{path}\n")
