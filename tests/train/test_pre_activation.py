@@ -10,8 +10,9 @@ import yaml
 from conftest import small_settings, write_config, write_text
 from ranks import gsae, run_gsae, started
 from safetensors.torch import load_file
+from trained_runs import again, assert_equal, assert_near, final_states, lines, num_lines
 
-from gsae.store.runs import checkpoints, find_runs, read_metrics
+from gsae.store.runs import checkpoints, find_runs
 
 # A learning rate so high that features die.
 SWEEPS = [
@@ -34,56 +35,24 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
-def again(trained: Path, folder: Path, **train) -> Path:
-    """A config that trains the same runs, or changed ones, into another folder."""
-    settings = yaml.safe_load((trained / "config.yaml").read_text())
-    settings["output"] = str(folder / "runs")
-    settings["train"] |= train
-    return write_config(folder / "config.yaml", settings)
-
-
-def states(output: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """All tensors of the last checkpoint of each run, those that the pre-activation loss counts as dead among them."""
-    found = {run: checkpoints(run)[-1].path for run in find_runs(output)}
-    return {run.name: load_file(path / "sae.safetensors") | load_file(path / "state.safetensors") for run, path in found.items()}
-
-
-def readings(output: Path) -> dict[str, list[dict]]:
-    """What each run logged, without the times."""
-    times = ("seconds", "rows_per_second")
-    return {run.name: [{key: line[key] for key in line if key not in times} for line in read_metrics(run)] for run in find_runs(output)}
-
-
 def weights(output: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {run.name: load_file(checkpoints(run)[-1].path / "sae.safetensors") for run in find_runs(output)}
 
 
-def num_lines(output: Path) -> int:
-    return sum(path.read_text().count("\n") for path in output.glob("*/*/metrics.jsonl"))
-
-
 def steps_with_dead(output: Path, run: str) -> list[int]:
     """The lines of the log over whose steps the term was at work."""
-    return [line["step"] for line in readings(output)[run] if line["kind"] == "step" and line["pre_activation"] > 0]
-
-
-def assert_same(output: Path, expected: Path) -> None:
-    found, wanted = states(output), states(expected)
-    assert found.keys() == wanted.keys()
-    for run, tensors in wanted.items():
-        assert [name for name in tensors if not torch.equal(tensors[name], found[run][name])] == [], run
-    assert readings(output) == readings(expected)
+    return [line["step"] for line in lines(output)[run] if line["kind"] == "step" and line["pre_activation"] > 0]
 
 
 def test_the_term_is_at_work_because_features_are_dead(trained):
-    for run, tensors in states(trained / "runs").items():
+    for run, tensors in final_states(trained / "runs").items():
         assert len(tensors["dead"]) > 0, f"{run}: no feature is dead, so the other tests say little"
         assert len(steps_with_dead(trained / "runs", run)) > 20
 
 
 def test_dead_means_not_on_for_dead_after_rows(trained):
     """They were last found at step 190, after 12,160 rows; what features did before that is still known of those not on since."""
-    for run, tensors in states(trained / "runs").items():
+    for run, tensors in final_states(trained / "runs").items():
         last_fired, is_dead = tensors["firing.last_fired"], torch.zeros(128, dtype=torch.bool)
         is_dead[tensors["dead"]] = True
         known = last_fired <= 12_160
@@ -101,10 +70,10 @@ def test_a_killed_training_ends_as_an_uninterrupted_one(trained, tmp_path):
             time.sleep(0.002)
         assert ranks.processes[0].is_alive(), "the training was over before it could be killed"
         ranks.kill()
-    for run, tensors in states(output).items():
+    for run, tensors in final_states(output).items():
         assert len(tensors["dead"]) > 0, f"{run}: no feature was dead at the kill"
     run_gsae(1, ["train", config])
-    assert_same(output, trained / "runs")
+    assert_equal(output, trained / "runs")
 
 
 def test_a_run_is_not_continued_with_another_definition_of_dead(trained, tmp_path):
@@ -118,26 +87,20 @@ def test_a_run_is_not_continued_with_another_definition_of_dead(trained, tmp_pat
 
 def test_two_ranks_train_the_same_weights(trained, tmp_path):
     run_gsae(2, ["train", again(trained, tmp_path)])
-    found = states(tmp_path / "runs")
-    for run, tensors in states(trained / "runs").items():
-        for name, tensor in tensors.items():
-            torch.testing.assert_close(found[run][name], tensor, rtol=0, atol=1e-9 if tensor.is_floating_point() else 0)
+    assert_near(tmp_path / "runs", trained / "runs")
 
 
 def test_micro_batches_add_up(trained, tmp_path):
     run_gsae(1, ["train", again(trained, tmp_path, micro_batch_rows=24)])
-    found = states(tmp_path / "runs")
-    for run, tensors in states(trained / "runs").items():
-        for name, tensor in tensors.items():
-            torch.testing.assert_close(found[run][name], tensor, rtol=0, atol=1e-9 if tensor.is_floating_point() else 0)
+    assert_near(tmp_path / "runs", trained / "runs")
 
 
 def test_weight_0_changes_nothing_and_another_weight_does(trained, tmp_path):
     without = [{key: value for key, value in sweep.items() if key != "pre_activation_loss"} for sweep in SWEEPS]
     run_gsae(1, ["train", again(trained, tmp_path / "without", sweeps=without)])
     run_gsae(1, ["train", again(trained, tmp_path / "zero", sweeps=[sweep | {"pre_activation_loss": 0.0} for sweep in SWEEPS])])
-    assert_same(tmp_path / "zero" / "runs", tmp_path / "without" / "runs")
-    for run, metrics in readings(tmp_path / "zero" / "runs").items():
+    assert_equal(tmp_path / "zero" / "runs", tmp_path / "without" / "runs")
+    for run, metrics in lines(tmp_path / "zero" / "runs").items():
         assert max(line["dead_fraction"] for line in metrics if line["kind"] == "step") > 0.05, f"{run}: nothing died without the term"
         assert all(line["pre_activation"] == 0 for line in metrics if line["kind"] == "step")
     plain, taught = weights(tmp_path / "zero" / "runs"), weights(trained / "runs")
@@ -153,4 +116,4 @@ def test_the_term_leaves_a_run_alone_in_which_nothing_dies(trained, tmp_path):
     plain, taught = weights(tmp_path / "runs").values()
     for name, tensor in plain.items():
         assert torch.equal(tensor, taught[name]), name
-    assert all(line["dead_fraction"] == 0 for metrics in readings(tmp_path / "runs").values() for line in metrics if line["kind"] == "step")
+    assert all(line["dead_fraction"] == 0 for metrics in lines(tmp_path / "runs").values() for line in metrics if line["kind"] == "step")

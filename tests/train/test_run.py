@@ -12,11 +12,9 @@ import torch
 import yaml
 from conftest import small_settings, write_config, write_text
 from ranks import gsae, run_gsae, started
-from safetensors.torch import load_file
+from trained_runs import again, assert_equal, assert_near, final_states, lines, num_lines
 
-from gsae.store.runs import checkpoints, damage, find_runs, read_metrics
-
-TIMES = ("seconds", "rows_per_second")
+from gsae.store.runs import checkpoints, find_runs
 
 
 @pytest.fixture(scope="module")
@@ -30,40 +28,6 @@ def trained(tmp_path_factory) -> Path:
     run_gsae(1, ["harvest", config])
     run_gsae(1, ["train", config])
     return folder
-
-
-def again(trained: Path, folder: Path, **train) -> Path:
-    """A config that trains the same runs, or changed ones, into another folder."""
-    settings = yaml.safe_load((trained / "config.yaml").read_text())
-    settings["output"] = str(folder / "runs")
-    settings["train"] |= train
-    return write_config(folder / "config.yaml", settings)
-
-
-def final_states(output: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """All tensors of the last checkpoint of each run."""
-    states = {}
-    for run in find_runs(output):
-        last = checkpoints(run)[-1].path
-        assert damage(last) == []
-        states[str(run.relative_to(output))] = load_file(last / "sae.safetensors") | load_file(last / "state.safetensors")
-    return states
-
-
-def lines(output: Path) -> dict[str, list[dict]]:
-    """The metrics of each run, without the times."""
-    return {
-        str(run.relative_to(output)): [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(run)]
-        for run in find_runs(output)
-    }
-
-
-def assert_equal(output: Path, expected: Path) -> None:
-    states, wanted = final_states(output), final_states(expected)
-    assert states.keys() == wanted.keys()
-    for run, tensors in wanted.items():
-        assert [name for name in tensors if not torch.equal(tensors[name], states[run][name])] == [], run
-    assert lines(output) == lines(expected)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -105,17 +69,6 @@ def test_micro_batches_train_what_whole_batches_train(trained, tmp_path, size):
     assert_near(tmp_path / "runs", trained / "runs")
 
 
-def assert_near(output: Path, expected: Path) -> None:
-    """Weights and optimizer state within 1e-9, counters equal."""
-    states, wanted = final_states(output), final_states(expected)
-    assert states.keys() == wanted.keys()
-    for run, tensors in wanted.items():
-        for name, tensor in tensors.items():
-            torch.testing.assert_close(
-                states[run][name], tensor, rtol=0, atol=1e-9 if tensor.is_floating_point() else 0, msg=f"{run}: {name}"
-            )
-
-
 def test_groups_train_what_one_rank_trains(trained, tmp_path):
     run_gsae(2, ["train", again(trained, tmp_path), "--train.groups", "2"])
     assert_equal(tmp_path / "runs", trained / "runs")
@@ -139,10 +92,6 @@ def test_a_killed_training_ends_as_an_uninterrupted_one(trained, tmp_path, size)
     assert killed == 3, "the training was over before it could be killed"
     run_gsae(size, ["train", config])
     assert_equal(tmp_path / "runs", reference / "runs")
-
-
-def num_lines(output: Path) -> int:
-    return sum(path.read_text().count("\n") for path in output.glob("*/*/metrics.jsonl"))
 
 
 def is_alive(process) -> bool:

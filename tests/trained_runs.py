@@ -1,0 +1,61 @@
+"""Runs that a test trained: what they ended with, what they logged, and whether two trainings agree."""
+
+from pathlib import Path
+
+import torch
+import yaml
+from conftest import write_config
+from safetensors.torch import load_file
+
+from gsae.store.runs import checkpoints, damage, find_runs, read_metrics
+
+TIMES = ("seconds", "rows_per_second")
+
+
+def again(trained: Path, folder: Path, **train) -> Path:
+    """A config that trains the same runs, or changed ones, into another folder."""
+    settings = yaml.safe_load((trained / "config.yaml").read_text())
+    settings["output"] = str(folder / "runs")
+    settings["train"] |= train
+    return write_config(folder / "config.yaml", settings)
+
+
+def final_states(output: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """All tensors of the last checkpoint of each run."""
+    states = {}
+    for run in find_runs(output):
+        last = checkpoints(run)[-1].path
+        assert damage(last) == []
+        states[str(run.relative_to(output))] = load_file(last / "sae.safetensors") | load_file(last / "state.safetensors")
+    return states
+
+
+def lines(output: Path) -> dict[str, list[dict]]:
+    """The metrics of each run, without the times."""
+    return {
+        str(run.relative_to(output)): [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(run)]
+        for run in find_runs(output)
+    }
+
+
+def assert_equal(output: Path, expected: Path) -> None:
+    states, wanted = final_states(output), final_states(expected)
+    assert states.keys() == wanted.keys()
+    for run, tensors in wanted.items():
+        assert [name for name in tensors if not torch.equal(tensors[name], states[run][name])] == [], run
+    assert lines(output) == lines(expected)
+
+
+def assert_near(output: Path, expected: Path) -> None:
+    """Weights and optimizer state within 1e-9, counters equal."""
+    states, wanted = final_states(output), final_states(expected)
+    assert states.keys() == wanted.keys()
+    for run, tensors in wanted.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(
+                states[run][name], tensor, rtol=0, atol=1e-9 if tensor.is_floating_point() else 0, msg=f"{run}: {name}"
+            )
+
+
+def num_lines(output: Path) -> int:
+    return sum(path.read_text().count("\n") for path in output.glob("*/*/metrics.jsonl"))
