@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 import time
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from gsae.corpus.entries import Place
 
@@ -68,7 +68,7 @@ class Bookmarks:
         """Write the file, whole or not at all."""
         rows = [(mark.document, mark.place.file, mark.place.offset, mark.place.row) for mark in self._bookmarks[1:]]
         content = {"version": _VERSION, "corpus_sha256": self._sha256, "largest_hash": self.largest_hash, "bookmarks": rows}
-        aside = self._path.with_name(f"{self._path.name}.{os.getpid()}.partial")
+        aside = self._path.with_name(f"{self._path.name}.{uuid4().hex}.partial")  # ranks of several hosts share it
         aside.write_text(json.dumps(content), encoding="utf-8")
         aside.replace(self._path)
         self._saved_at = time.monotonic()

@@ -187,7 +187,8 @@ def _pending_shards(config: Config, llm: LLM, logs: Sequence[ProgressLog]) -> It
 
 def _finish(store: Path, console: Console) -> None:
     whole = finish.finish(store)
-    (store / BOOKMARKS_FILE).unlink(missing_ok=True)  # nothing is left to resume
+    for left_over in store.glob(f"{BOOKMARKS_FILE}*"):
+        left_over.unlink()  # nothing is left to resume
     for line in finish.warnings(whole):
         console.warn(line)
     rows = ", ".join(f"{site.name} {site.rows:,} rows (scale {site.scale:.4g})" for site in whole.sites.values())

@@ -1,5 +1,6 @@
 """The harvest as a whole: real ranks, real kills."""
 
+import shutil
 import time
 from pathlib import Path
 
@@ -45,6 +46,17 @@ def again(whole: Path, folder: Path, **harvest) -> Path:
 def test_the_store_does_not_depend_on_the_number_of_ranks(whole, tmp_path, size):
     run_gsae(size, ["harvest", again(whole, tmp_path)])
     assert tree(tmp_path / "runs/store") == tree(whole / "runs/store")
+
+
+def test_a_whole_store_keeps_no_bookmarks(whole, tmp_path):
+    """Nor the half-written ones of a rank that was killed; how many there are depends on time."""
+    store = tmp_path / "runs/store"
+    shutil.copytree(whole / "runs/store", store)
+    (store / "manifest.json").unlink()
+    for name in ("bookmarks.json", "bookmarks.json.0123.partial"):
+        (store / name).write_text("{}")
+    run_gsae(2, ["harvest", again(whole, tmp_path)])
+    assert tree(store) == tree(whole / "runs/store")
 
 
 def test_a_killed_harvest_ends_as_an_uninterrupted_one(whole, tmp_path):

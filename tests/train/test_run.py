@@ -207,7 +207,7 @@ def test_a_run_of_another_version_is_not_continued(trained, tmp_path):
     shutil.copytree(trained / "runs", tmp_path / "runs")
     path = find_runs(tmp_path / "runs")[0] / "run.json"
     run = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in run.items() if key != "auxk"} | {"format": 1}))
+    path.write_text(json.dumps({key: value for key, value in run.items() if key != "pre_activation_loss"} | {"format": 1}))
     with started(1, gsae, "train", str(config)) as ranks:
         assert ranks.wait() == [2]
         assert "was begun by another version of gsae (run format 1, this one has 2)" in ranks.output()
