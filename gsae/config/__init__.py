@@ -1,0 +1,69 @@
+"""The config: a tree of frozen dataclasses. In: a YAML file and `--section.field value` overrides. Out: one `Config` of plain data.
+
+Rules that need only the config are checked here, at construction; rules that need the LLM, the store or the number of
+ranks are checked by the stage that knows them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gsae.config.corpus import CorpusConfig, DataSetConfig
+from gsae.config.evaluate import EvaluateConfig
+from gsae.config.harvest import HarvestConfig
+from gsae.config.llm import LLMConfig, RandomLlamaConfig
+from gsae.config.rules import require
+from gsae.config.train import ObjectiveName, ResamplingConfig, ScheduleConfig, ScheduleName, SweepConfig, TrainConfig
+from gsae.errors import ConfigError
+
+__all__ = [
+    "Config",
+    "CorpusConfig",
+    "DataSetConfig",
+    "EvaluateConfig",
+    "HarvestConfig",
+    "LLMConfig",
+    "ObjectiveName",
+    "RandomLlamaConfig",
+    "ResamplingConfig",
+    "ScheduleConfig",
+    "ScheduleName",
+    "SweepConfig",
+    "TrainConfig",
+]
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that a pipeline needs; every stage reads the same file and takes the sections it needs."""
+
+    output: str = "runs/default"
+    """Directory of the runs, their report and (unless harvest.store says otherwise) the store."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes CUDA where there is one."""
+    stall_timeout_seconds: float = 600.0
+    """A rank that has got no further for so long ends the job, and is named; so does one that died."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """The text."""
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    """The LLM."""
+    harvest: HarvestConfig = field(default_factory=HarvestConfig)
+    """The harvest stage."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training stage."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """The evaluation stage."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.output), "output is empty; give a directory for the runs")
+        timeout = self.stall_timeout_seconds
+        require(timeout > 0, f"stall_timeout_seconds is {timeout}; give a positive number of seconds")
+        rows, lanes = self.train.batch_rows, self.corpus.num_lanes
+        if rows % lanes:
+            below = rows - rows % lanes
+            nearest = f"{below} or {below + lanes}" if below else f"{lanes}"
+            raise ConfigError(f"train.batch_rows ({rows}) is not a multiple of corpus.num_lanes ({lanes}); set it to {nearest}")
+
+    @property
+    def store_directory(self) -> str:
+        """The store's directory."""
+        return self.harvest.store or f"{self.output}/store"
