@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -219,45 +220,64 @@ class ProgressBar:
         self._console = console
         self._title, self._total, self._unit = title, total, unit
         self._done_before = self._done = done
+        self._extra = ""
         self._is_shown = is_shown
+        self._is_closed = False
+        self._lock = threading.RLock()
         self._start = time.monotonic()
         self._pace = Pace() if terminal is None else Pace(least_seconds=0.25, most_seconds=0.25)
         self._live = None if terminal is None else self._start_live(terminal)
 
     def advance(self, n: int = 1) -> None:
-        """`n` more units are done, over all ranks. A total that was estimated too low grows with them."""
-        self._done += n
-        self._total = max(self._total, self._done)
-        if self._is_shown and self._pace.is_due():
-            self._show()
+        """`n` more units are done, over all ranks."""
+        with self._lock:
+            self.show(self._done + n)
+
+    def show(self, done: int, extra: str = "") -> None:
+        """So many units are done, over all ranks. From any thread. A total that was estimated too low grows with them.
+
+        Args:
+            done: those done before included.
+            extra: a few words more for the end of the line; a terminal of 100 columns has room for about 35 characters.
+        """
+        with self._lock:
+            self._done, self._extra = done, extra
+            self._total = max(self._total, done)
+            if self._is_shown and not self._is_closed and self._pace.is_due():
+                self._write()
 
     def close(self) -> None:
         """Show the last numbers and leave the terminal as it was."""
-        if self._is_shown:
-            self._show()
-        if self._live is not None:
-            self._live.stop()
+        with self._lock:
+            self._is_closed = True
+            if self._is_shown:
+                self._write()
+            if self._live is not None:
+                self._live.stop()
 
     def _start_live(self, terminal: "RichConsole") -> "Progress":
         from rich.progress import BarColumn, Progress, TextColumn
 
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[numbers]}"))
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[numbers]}", markup=False))
         live = Progress(*columns, console=terminal, auto_refresh=False)
         live.add_task(self._title, total=self._total, completed=self._done, numbers="")
         live.start()
+        terminal.show_cursor()  # a process that is ended midway could not bring it back
         return live
 
-    def _show(self) -> None:
+    def _write(self) -> None:
         seconds = time.monotonic() - self._start
         rate = (self._done - self._done_before) / seconds if seconds > 0 else 0.0
-        numbers = f"{self._done:,} of {self._total:,} {self._unit}, {format_count(rate)}/s, "
         if self._done < self._total:
-            numbers += f"ETA {format_duration((self._total - self._done) / rate if rate > 0 else None)}"
+            when = f"ETA {format_duration((self._total - self._done) / rate if rate > 0 else None)}"
         else:
-            numbers += f"took {format_duration(seconds)}"
+            when = f"took {format_duration(seconds)}"
+        share = f"{100 * self._done // max(self._total, 1)}%"
+        rest = ", ".join(filter(None, (f"{format_count(rate)}/s", when, self._extra)))
         if self._live is None:
-            self._console.write(f"{self._title}: {numbers}")
+            self._console.write(f"{self._title}: {share}, {self._done:,} of {self._total:,} {self._unit}, {rest}")
         else:
+            numbers = f"{share} {format_count(self._done)} of {format_count(self._total)} {self._unit}, {rest}"
             self._live.update(self._live.task_ids[0], total=self._total, completed=self._done, numbers=numbers, refresh=True)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "gsae"
-FOUNDATIONS = {"errors", "config", "settings", "console", "world"}
+FOUNDATIONS = {"errors", "config", "settings", "console", "world", "heartbeat"}
 ROOMS = {"corpus", "llm", "sae"}
 STAGES = {"harvest", "train", "evaluate", "report"}
 MAY_IMPORT = {
@@ -14,7 +14,7 @@ MAY_IMPORT = {
     **dict.fromkeys(ROOMS, FOUNDATIONS | ROOMS),
     "store": FOUNDATIONS | ROOMS | {"store"},
     **{stage: FOUNDATIONS | ROOMS | {"store", stage} for stage in STAGES},
-    "plan": FOUNDATIONS | ROOMS | {"store", "train"},
+    "plan": FOUNDATIONS | ROOMS | {"store", "train", "plan"},
     "verify": FOUNDATIONS | {"store"},
     "inspect": FOUNDATIONS | {"store", "inspect"},
     "exchange": FOUNDATIONS | {"sae", "store", "exchange"},

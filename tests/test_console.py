@@ -133,8 +133,31 @@ def test_progress_ends_with_the_total_and_its_rate_leaves_out_what_was_done_befo
         clock.now = 16.0
         bar.advance(20)
     first, *_, last = capsys.readouterr().out.splitlines()
-    assert first.endswith("harvest: 150 of 200 contexts, 5/s, ETA 10s")
-    assert last.endswith("harvest: 200 of 200 contexts, 6/s, took 16s")
+    assert first.endswith("harvest: 75%, 150 of 200 contexts, 5/s, ETA 10s")
+    assert last.endswith("harvest: 100%, 200 of 200 contexts, 6/s, took 16s")
+
+
+def test_progress_shows_the_work_of_all_ranks_at_its_pace(capsys, clock):
+    with open_console(is_first_rank=True).progress("harvest", 200, "contexts", done=100) as bar:
+        for seconds, done in ((10, 140), (11, 150), (12, 160), (20, 180), (40, 210)):
+            clock.now = float(seconds)
+            bar.show(done, f"{done / 10:.1f} MB/s, {done} shards")
+    lines = [line[20:] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "harvest: 70%, 140 of 200 contexts, 4/s, ETA 15s, 14.0 MB/s, 140 shards",
+        "harvest: 90%, 180 of 200 contexts, 4/s, ETA 5s, 18.0 MB/s, 180 shards",
+        "harvest: 100%, 210 of 210 contexts, 3/s, took 40s, 21.0 MB/s, 210 shards",
+        "harvest: 100%, 210 of 210 contexts, 3/s, took 40s, 21.0 MB/s, 210 shards",
+    ]
+
+
+def test_a_closed_bar_shows_nothing_more(capsys, clock):
+    with open_console(is_first_rank=True).progress("harvest", 200, "contexts") as bar:
+        bar.show(100)
+    capsys.readouterr()
+    clock.now = 100.0
+    bar.show(200)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -209,3 +232,41 @@ def test_on_a_terminal_progress_is_a_bar():
     """)
     assert "━" in output
     assert "20 of 20 contexts" in output
+
+
+def screens(output: str) -> list[str]:
+    """What a terminal was told, without its control characters, a line each."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output).replace("\r", "\n").splitlines()
+
+
+def test_on_a_terminal_of_100_columns_the_numbers_of_a_large_job_fit():
+    output = on_terminal("""
+        import time
+        from gsae.console import open_console
+        with open_console(is_first_rank=True).progress("harvest", 10**10, "tokens") as bar:
+            time.sleep(0.3)
+            bar.show(1_234_567_890, "12,345 MB/s, 1,234 of ~98,765 shards")
+    """)
+    *_, last = (line for line in screens(output) if line.strip())
+    assert re.fullmatch(r"harvest [━╸╺]{4,} 12% 1.23G of 10.0G tokens, [\d.]+G/s, ETA \d+s, 12,345 MB/s, 1,234 of ~98,765 shards *", last)
+    assert len(last) <= 100
+
+
+def test_on_a_terminal_lines_and_a_bar_from_several_threads_do_not_mix():
+    output = on_terminal("""
+        import threading
+        from gsae import console as module
+        module.Pace.is_due = lambda pace: True
+        console = module.open_console(is_first_rank=True)
+        with console.progress("harvest", 300, "tokens") as bar:
+            threads = [threading.Thread(target=lambda: [bar.show(n, "x") for n in range(300)]) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for n in range(100):
+                console.say(f"line {n} of 100")
+            for thread in threads:
+                thread.join()
+    """)
+    said = [line for line in screens(output) if "line" in line]
+    assert said == [f"line {n} of 100" for n in range(100)]
+    assert output.rindex("\x1b[?25l") < output.index("\x1b[?25h") < output.index("line 0"), "a process that is killed leaves a cursor"

@@ -1,8 +1,14 @@
-"""Collectives on real ranks; each rank asserts for itself."""
+"""Collectives and boards on real ranks; each rank asserts for itself."""
+
+import contextlib
+import threading
+import time
 
 import pytest
 import ranks
+import rendezvous
 import torch
+import torch.distributed as dist
 
 from gsae import world
 from gsae.errors import ConfigError, GsaeError, StoreError
@@ -90,3 +96,49 @@ def check_too_many_groups() -> None:
 
 def test_groups_must_divide_the_ranks():
     ranks.run(2, check_too_many_groups)
+
+
+def check_board(size: int) -> None:
+    with world.start("cpu") as here:
+        rank, board = here.everyone.rank, here.board("signs")
+        names = [str(other) for other in range(size)]
+        began = time.monotonic()
+        assert board.read(["never", *names])[0] is None
+        assert time.monotonic() - began < 10, "what is not there is not waited for"
+        here.everyone.barrier()
+        for value in ("old", f"of {rank} ü"):
+            board.write(str(rank), value)
+            here.everyone.barrier()
+            assert board.read(["never", *names])[1:] == [value if value == "old" else f"of {other} ü" for other in range(size)]
+            here.everyone.barrier()
+        assert here.board("other").read(names) == [None] * size
+        assert here.board("signs").read(names)[0] == "of 0 ü"
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_ranks_leave_values_for_each_other(size):
+    ranks.run(size, check_board, size)
+
+
+def test_a_board_is_not_held_up_by_another_thread_and_says_when_its_holder_is_gone():
+    def wait_for_what_never_comes() -> None:
+        with contextlib.suppress(RuntimeError):  # the holder is killed in the end
+            dist.distributed_c10d._get_default_store().get("never")
+
+    with rendezvous.held() as (holder, port):
+        rendezvous.join(port, rank=0, size=1)
+        with world.start("cpu") as here:
+            waiting = threading.Thread(target=wait_for_what_never_comes, daemon=True)
+            waiting.start()
+            time.sleep(0.2)
+            board, began = here.board("signs"), time.monotonic()
+            board.write("a", "1")
+            assert board.read(["a", "b"]) == ["1", None]
+            assert waiting.is_alive()
+            assert time.monotonic() - began < 10
+            holder.kill()
+            holder.wait()
+            for _ in range(2):
+                with pytest.raises(ConnectionError, match=r"^[^\n]+$"):
+                    board.read(["a"])
+            waiting.join(10)

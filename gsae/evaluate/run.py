@@ -27,8 +27,8 @@ from gsae.llm.site import Site, Tail
 from gsae.sae.formats import read_sae
 from gsae.store.manifest import Manifest
 from gsae.store.manifest import load as load_manifest
+from gsae.store.parts import WAITING_FILE
 from gsae.store.runs import STOPPED_FILE
-from gsae.store.shards import DTYPES
 from gsae.world import Group, World
 
 SHOWN = {
@@ -96,6 +96,7 @@ def run_evaluate(config: Config, world: World) -> None:
         CheckpointError: there is no run, or one has no whole checkpoint, or belongs to another store.
         StoreError: the store that gives the masks is not whole.
         CorpusError: the held-out text holds too few documents.
+        ConfigError: `llm.sharding` splits the LLM over ranks.
     """
     console, everyone = open_console(world.is_first), world.everyone
     plan = everyone.on_first(lambda: _plan(config))
@@ -105,7 +106,8 @@ def run_evaluate(config: Config, world: World) -> None:
     with everyone.together():
         llm = load(config.llm, world.device)
         sites = _load_sites(plan, llm, world.device)
-    contexts = everyone.on_first(lambda: held_out_contexts(config.corpus, config.evaluate, llm.tokenizer, plan.manifest.context_length))
+    length, packed = plan.manifest.context_length, plan.manifest.identity["packed"]
+    contexts = everyone.on_first(lambda: held_out_contexts(config.corpus, config.evaluate, llm.tokenizer, length, packed))
     batches = cut_batches(contexts, config.evaluate.batch_contexts)
     console.say(
         f"evaluate: {len(plan.pending)} runs at {len(sites)} sites on {len(contexts)} contexts; {plan.num_done} runs have results already"
@@ -115,11 +117,18 @@ def run_evaluate(config: Config, world: World) -> None:
 
 
 def _plan(config: Config) -> Plan:
+    if config.llm.sharding == "zero3":
+        raise ConfigError("evaluation runs parts of the LLM by themselves, so each rank holds it whole; give --llm.sharding replicate")
     manifest, info = load_manifest(Path(config.store_directory)), describe(config.llm)
     _require_same_source(config, manifest, info)
     if (Path(config.output) / STOPPED_FILE).exists():
         raise CheckpointError(
             f"the training below {config.output} was stopped before its end; run gsae train again, or delete its {STOPPED_FILE}"
+        )
+    if (Path(config.output) / WAITING_FILE).exists():
+        raise CheckpointError(
+            f"the training below {config.output} waits for a part of its store; run gsae harvest and gsae train in turn until it ends, "
+            f"or delete its {WAITING_FILE}"
         )
     runs = find_trained_runs(Path(config.output), manifest)
     identity = evaluation_identity(config, manifest, info)
@@ -151,8 +160,8 @@ def _load_sites(plan: Plan, llm: LLM, device: torch.device) -> list[SplicedSite]
         )
         if runs:
             site = Site(name, described.layer, described.module)
-            mean, storage_dtype = described.mean.to(device), DTYPES[plan.manifest.dtype]
-            sites.append(SplicedSite(site, Tail(llm.model, site), mean, described.max_norm, storage_dtype, runs))
+            mean, storage = described.mean.to(device), plan.manifest.dtype
+            sites.append(SplicedSite(site, Tail(llm.model, site), mean, described.max_norm, storage, runs))
     return sites
 
 

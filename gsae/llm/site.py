@@ -1,7 +1,8 @@
 """Reading and replacing activations. In: a Llama, sites, tokens with packed positions. Out: activations, or logits.
 
 The only module that registers forward hooks. `positions` restarts at 0 with every segment and no attention mask is given:
-transformers then lets a token attend only to its own segment (under sdpa and eager attention, at any batch size).
+transformers then lets a token attend only to its own segment. Under sdpa and eager attention it does so at any batch size, under
+flash attention in a batch of one context only, so that the contexts of a batch are laid end to end into one there.
 """
 
 import copy
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from gsae.errors import ConfigError
@@ -71,16 +72,17 @@ def capture(
     One forward through the layers up to the last site; neither the layers above it nor the LM head run.
     """
     activations: dict[str, Tensor] = {}
+    shape = tokens.shape
 
     def keep_as(name: str) -> Hook:
         def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            activations[name] = output
+            activations[name] = output.reshape(*shape, -1)
 
         return keep
 
     lower = _with_layers(model, slice(max(site.layer for site in sites) + 1))
     with torch.no_grad(), _hooked(model, {site: keep_as(site.name) for site in sites}):
-        lower(input_ids=tokens, position_ids=positions, use_cache=False)
+        lower(input_ids=_laid_out(model, tokens), position_ids=_laid_out(model, positions), use_cache=False)
     return activations
 
 
@@ -91,6 +93,7 @@ class Tail:
     """
 
     def __init__(self, model: "PreTrainedModel", site: Site) -> None:
+        self._model = model
         self._upper = _with_layers(model, slice(site.layer + 1, None))
         self._lm_head = model.get_submodule("lm_head")
         self._dtype = model.dtype
@@ -99,10 +102,11 @@ class Tail:
         self, hidden: Float[Tensor, "contexts length d_model"], positions: Int[Tensor, "contexts length"]
     ) -> Float[Tensor, "contexts length vocab_size"]:
         """The logits that follow from `hidden` at the site; `hidden` is converted to the LLM's type first."""
+        inputs = _laid_out(self._model, hidden.to(self._dtype))
         with torch.no_grad():
-            output = self._upper(inputs_embeds=hidden.to(self._dtype), position_ids=positions, use_cache=False)
+            output = self._upper(inputs_embeds=inputs, position_ids=_laid_out(self._model, positions), use_cache=False)
             logits: Tensor = self._lm_head(output.last_hidden_state)
-        return logits
+        return logits.reshape(*hidden.shape[:2], -1)
 
 
 def substitute(
@@ -115,11 +119,20 @@ def substitute(
     """Logits of a whole forward in which `replacement(x)`, converted to the LLM's type, stands in place of the site's output x."""
 
     def replace(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return replacement(output).to(output.dtype)
+        return replacement(output.reshape(*tokens.shape, -1)).to(output.dtype).reshape(output.shape)
 
     with torch.no_grad(), _hooked(model, {site: replace}):
-        logits: Tensor = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
-    return logits
+        logits: Tensor = model(input_ids=_laid_out(model, tokens), position_ids=_laid_out(model, positions), use_cache=False).logits
+    return logits.reshape(*tokens.shape, -1)
+
+
+def _laid_out(model: "PreTrainedModel", values: Shaped[Tensor, "contexts length ..."]) -> Shaped[Tensor, "rows columns ..."]:
+    """A batch as the model's attention needs it: as it is, or the contexts end to end."""
+    return values.reshape(1, -1, *values.shape[2:]) if _attends_in_one_row(model) else values
+
+
+def _attends_in_one_row(model: "PreTrainedModel") -> bool:
+    return str(model.config._attn_implementation).startswith("flash")
 
 
 @contextmanager
@@ -133,8 +146,13 @@ def _hooked(model: "PreTrainedModel", hooks: Mapping[Site, Hook]) -> Iterator[No
 
 
 def _with_layers(model: "PreTrainedModel", layers: slice) -> "LlamaModel":
-    """The inner model with only these decoder layers: a shallow copy whose table of submodules is its own, its weights shared."""
+    """The inner model with only these decoder layers: a shallow copy whose table of submodules is its own, its weights shared.
+
+    Where these are all its layers it is the inner model itself: DeepSpeed gathers parameters ahead in modules that it knows.
+    """
     inner = cast("LlamaModel", model.get_submodule("model"))
+    if len(inner.layers[layers]) == len(inner.layers):
+        return inner
     part = copy.copy(inner)
     part._modules = dict(inner._modules)
     part.layers = inner.layers[layers]

@@ -20,24 +20,28 @@ def model(config) -> LlamaForCausalLM:
     return load(config, torch.device("cpu")).model
 
 
-@pytest.fixture
-def directory(tmp_path):
-    """A saved Llama as small ones are: grouped key-value heads, tied embeddings, two weight files; and its tokenizer."""
+def save_llama(path, num_layers=NUM_LAYERS, tied=True):
+    """Save a Llama as small ones are: grouped key-value heads, tied embeddings unless told, two weight files; and its tokenizer."""
     shape = LlamaConfig(
         vocab_size=259,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=NUM_LAYERS,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         initializer_range=0.2,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     with torch.random.fork_rng():
         torch.manual_seed(1)
         llama = LlamaForCausalLM(shape)
-    path = tmp_path / "little-llama"
-    llama.save_pretrained(path, max_shard_size="100KB")
+    llama.save_pretrained(path, max_shard_size=sum(4 * weight.numel() for weight in llama.parameters()) * 6 // 10)
     byte_tokenizer().save_pretrained(path)
     assert len(list(path.glob("model-*.safetensors"))) == 2
     return path
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A saved Llama of four layers."""
+    return save_llama(tmp_path / "little-llama")

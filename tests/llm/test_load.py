@@ -86,6 +86,32 @@ def test_type_and_attention_are_as_asked_for(any_config, dtype, attention):
     assert not any(weight.requires_grad for weight in llm.model.parameters())
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_flash_attention_that_cannot_work_is_refused_at_once(any_config, dtype):
+    config = LLMConfig(model=any_config.model, dtype=dtype, attention="flash_attention_2", random=any_config.random)
+    with pytest.raises(ModelError, match=r"needs a GPU \(the device is cpu\).*; or set llm.attention: sdpa$") as caught:
+        load(config, CPU)
+    assert ("llm.dtype bfloat16 or float16 (it is float32)" in str(caught.value)) == (dtype == "float32")
+
+
+def test_flash_attention_without_its_package_is_refused_and_not_fetched(config, monkeypatch):
+    monkeypatch.setattr("gsae.llm.load.is_flash_attn_2_available", lambda: False)
+    flash = LLMConfig(model="random", attention="flash_attention_2", random=config.random)
+    with pytest.raises(ModelError, match=r"needs the package flash-attn \(pip install flash-attn .*; or set llm.attention: sdpa$"):
+        load(flash, torch.device("cuda"))
+
+
+def test_layers_above_the_last_are_not_read(directory):
+    whole = load(config_of(directory), CPU).model
+    for path in directory.glob("model-*.safetensors"):
+        kept = {name: x for name, x in load_file(path).items() if "layers.2" not in name and "layers.3" not in name}
+        save_file(kept, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"9 weights are missing .* model\.layers\.2\.input_layernorm\.weight"):
+        load(config_of(directory), CPU, last_layer=2)
+    cut = dict(load(config_of(directory), CPU, last_layer=1).model.named_parameters())
+    assert all(torch.equal(weight, dict(whole.named_parameters())[name]) for name, weight in cut.items())
+
+
 def test_the_description_needs_no_loading_and_equals_what_is_loaded(any_config):
     llm = load(any_config, CPU)
     info = describe(any_config)

@@ -6,6 +6,7 @@ import torch
 
 from gsae.config import LLMConfig, RandomLlamaConfig
 from gsae.errors import ConfigError
+from gsae.llm import site as site_module
 from gsae.llm.load import load
 from gsae.llm.site import Site, Tail, capture, resolve_site, resolve_sites, substitute
 
@@ -129,6 +130,30 @@ def test_packed_segments_equal_separate_forwards(tokens, positions, attention):
             for name, x in alone.items():
                 torch.testing.assert_close(packed[name][row : row + 1, span], x, rtol=0, atol=1e-5)
             first += length
+
+
+def test_contexts_laid_end_to_end_give_the_same_as_a_batch(model, tokens, positions, monkeypatch):
+    """As flash attention needs them; a context that begins where another ends does not see it."""
+    noise = torch.randn(3, 15, 32, generator=torch.Generator().manual_seed(1))
+
+    def everything():
+        x = capture(model, ALL_SITES, tokens, positions)
+        tail = Tail(model, ALL_SITES[1]).logits(x["resid.1"] + noise, positions)
+        return [*x.values(), tail, substitute(model, ALL_SITES[1], tokens, positions, lambda x: x + noise)]
+
+    expected, widths = everything(), []
+    monkeypatch.setattr(site_module, "_attends_in_one_row", lambda model: True)
+    model.model.layers[0].register_forward_pre_hook(lambda layer, args: widths.append(args[0].shape[:2]))
+    for value, other in zip(everything(), expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=0, atol=1e-5)
+    assert set(widths) == {(1, 45)}
+
+
+@pytest.mark.parametrize(("attention", "in_one_row"), [("sdpa", False), ("eager", False), ("flash_attention_2", True)])
+def test_contexts_are_laid_end_to_end_for_flash_attention_only(model, attention, in_one_row):
+    model.config._attn_implementation_internal = attention  # its setter wants the package
+    assert model.config._attn_implementation == attention
+    assert site_module._attends_in_one_row(model) == in_one_row
 
 
 def test_positions_of_any_integer_type_are_the_same(model, tokens, positions):

@@ -1,0 +1,33 @@
+"""Forwards that are collectives. In: ranks with unequal numbers of LLM batches. Out: as many forwards on each.
+
+Where the LLM's parameters are split over ranks, a forward needs all of them: a rank that ran one alone would wait for ever.
+"""
+
+from collections.abc import Callable
+
+from gsae.world import Group
+
+
+class Lockstep:
+    """Ranks agree before each forward whether any of them still has work; those that have none run a dummy forward.
+
+    Args:
+        group: the ranks that the LLM is split over.
+        needed: whether forwards are collectives; otherwise nothing here does anything.
+        dummy: runs one forward of any shape through the same layers as the work.
+    """
+
+    def __init__(self, group: Group, needed: bool, dummy: Callable[[], None]) -> None:
+        self._group = group
+        self._needed = needed
+        self._dummy = dummy
+
+    def before_forward(self) -> None:
+        """This rank is about to run exactly one forward. No other collective may come between."""
+        if self._needed:
+            self._group.any(True)
+
+    def finish(self) -> None:
+        """This rank has no more work: it joins the others' forwards until nobody has any."""
+        while self._needed and self._group.any(False):
+            self._dummy()

@@ -1,0 +1,426 @@
+"""Real ranks that fail, die, stop and get stuck; each test says what becomes of the others."""
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ranks
+import rendezvous
+import torch
+import torch.distributed as dist
+
+import gsae.heartbeat
+from gsae import cli, world
+from gsae.errors import GsaeError, StoreError
+from gsae.heartbeat import Heartbeat, heartbeat
+from gsae.heartbeat.signs import Sign, describe_silence
+
+STALL_SECONDS = 2.0
+HOST = os.uname().nodename
+Work = Callable[[Heartbeat, int, Path], None]
+
+
+def hurry() -> None:
+    """Make every wait of this process a fraction of the real one."""
+    gsae.heartbeat.INTERVAL_SECONDS, gsae.heartbeat.NAP_SECONDS = 0.1, 0.5
+    gsae.heartbeat.GRACE_SECONDS, gsae.heartbeat.SPEAKING_SECONDS, cli.SPEAKING_SECONDS = 2.0, 1.0, 1.0
+
+
+def command(work: Work, folder: Path) -> None:
+    """A rank of a command that does `work` in a heartbeat."""
+    hurry()
+
+    def stage(words: list[str]) -> int:
+        with world.start("cpu") as here, heartbeat(here, STALL_SECONDS) as life:
+            work(life, here.everyone.rank, folder)
+        return 0
+
+    cli._dispatch = stage
+    cli.main([])
+
+
+def complaints(started: ranks.Ranks) -> list[str]:
+    """What the ranks told the user."""
+    outputs = [started.output(rank) for rank in range(len(started.processes))]
+    return [line for output in outputs for line in output.splitlines() if "gsae: " in line]
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def beat_for(seconds: float, life: Heartbeat, rank: int, folder: Path) -> None:
+    """Beat, and leave a file that changes with each beat."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        life.beat(tokens=1000)
+        folder.joinpath(f"rank{rank}").write_text(str(time.monotonic()))
+        time.sleep(0.01)
+
+
+def beat_for_a_while(life: Heartbeat, rank: int, folder: Path) -> None:
+    beat_for(3 * STALL_SECONDS, life, rank, folder)
+
+
+def beat_on(life: Heartbeat, rank: int, folder: Path) -> None:
+    beat_for(1000, life, rank, folder)
+
+
+def wait_for_beats(folder: Path, size: int) -> None:
+    """Until all ranks beat and the others had time to see it."""
+    wait_until(lambda: all((folder / f"rank{rank}").exists() for rank in range(size)))
+    time.sleep(0.5)
+
+
+def test_a_killed_rank_ends_the_others_with_one_line_that_names_it(tmp_path):
+    with ranks.started(3, command, beat_on, tmp_path) as started:
+        wait_for_beats(tmp_path, 3)
+        started.processes[1].kill()
+        assert started.wait(30) == [2, -signal.SIGKILL, 2]
+        (line,) = complaints(started)
+        silence = rf"gsae: rank 1 on {re.escape(HOST)} has got no further for 2 s \(last: [\d,]+,000 tokens\); look at its log, "
+        assert re.fullmatch(silence + r"then run the same again: .* \(stall_timeout_seconds\)", line)
+
+
+def test_a_stopped_rank_ends_the_others_and_itself_once_it_goes_on(tmp_path):
+    with ranks.started(3, command, beat_on, tmp_path) as started:
+        wait_for_beats(tmp_path, 3)
+        os.kill(started.processes[2].pid, signal.SIGSTOP)
+        for process in started.processes[:2]:
+            process.join(30)
+        assert started.wait(0) == [2, 2, None]
+        last = (tmp_path / "rank2").read_text()
+        os.kill(started.processes[2].pid, signal.SIGCONT)
+        assert started.wait(20) == [2, 2, 2]
+        assert (tmp_path / "rank2").read_text() == last, "it went on before it looked whether it may"
+        (line,) = complaints(started)
+        assert line.startswith(f"gsae: rank 2 on {HOST} has got no further")
+
+
+def test_ranks_that_were_all_stopped_for_long_go_on(tmp_path):
+    with ranks.started(2, command, beat_for_a_while, tmp_path) as started:
+        wait_for_beats(tmp_path, 2)
+        for process in started.processes:
+            os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(2 * STALL_SECONDS)
+        for process in started.processes:
+            os.kill(process.pid, signal.SIGCONT)
+        assert started.wait(30) == [0, 0], complaints(started)
+
+
+def test_a_killed_first_rank_ends_the_others(tmp_path):
+    with ranks.started(3, command, beat_on, tmp_path) as started:
+        wait_for_beats(tmp_path, 3)
+        started.processes[0].kill()
+        assert started.wait(30) == [-signal.SIGKILL, 2, 2]
+        assert all(f": rank 0 on {HOST} has got no further for 2 s" in line for line in complaints(started))
+        assert len(complaints(started)) == 2, "who else lives is not known, so both speak"
+
+
+def beat_less_on(failing: int, life: Heartbeat, rank: int, folder: Path) -> None:
+    beat_for(0.3 if rank == failing else 1000, life, rank, folder)
+
+
+def fail_on_1(life: Heartbeat, rank: int, folder: Path) -> None:
+    beat_less_on(1, life, rank, folder)
+    raise StoreError("lane 7 is damaged")
+
+
+def fail_on_0(life: Heartbeat, rank: int, folder: Path) -> None:
+    beat_less_on(0, life, rank, folder)
+    raise StoreError("lane 7 is damaged")
+
+
+def fill_disk_on_1(life: Heartbeat, rank: int, folder: Path) -> None:
+    beat_less_on(1, life, rank, folder)
+    raise OSError(28, "No space left on device", "0001-000002.tar")
+
+
+def fail_everywhere(life: Heartbeat, rank: int, folder: Path) -> None:
+    beat_for(0.3, life, rank, folder)
+    raise StoreError("lane 7 is damaged")
+
+
+def agree_to_fail(life: Heartbeat, rank: int, folder: Path) -> None:
+    beat_for(0.3 if rank else 1000, life, rank, folder)  # the first rank is about to raise the same, and hears of it before
+    error = StoreError("lane 7 is damaged (on rank 2)")
+    error.spoken_by = 0
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("work", "line"),
+    [
+        (fail_on_1, "gsae: rank 1: lane 7 is damaged"),
+        (fail_on_0, "gsae: lane 7 is damaged"),
+        (fill_disk_on_1, "gsae: rank 1: 0001-000002.tar: No space left on device; free some space"),
+        (fail_everywhere, "lane 7 is damaged"),
+        (agree_to_fail, "gsae: lane 7 is damaged (on rank 2)"),
+    ],
+)
+def test_one_rank_speaks_for_all_when_one_fails(tmp_path, work, line):
+    with ranks.started(3, command, work, tmp_path) as started:
+        assert started.wait(30) == [2, 2, 2]
+        (said,) = complaints(started)
+        assert line in said
+        assert said.count("(on rank") == line.count("(on rank")
+        assert "Traceback" not in "".join(map(started.output, range(3)))
+
+
+def keep_error(life: Heartbeat, rank: int, folder: Path) -> None:
+    try:
+        fail_on_1(life, rank, folder)
+    except GsaeError as error:
+        (folder / f"error{rank}").write_text(f"{type(error).__name__}: {error}, spoken by {error.spoken_by}")
+        raise
+
+
+def test_the_others_raise_the_message_of_the_rank_that_failed(tmp_path):
+    with ranks.started(2, command, keep_error, tmp_path) as started:
+        started.wait(30)
+        assert (tmp_path / "error0").read_text() == "GsaeError: lane 7 is damaged (on rank 1), spoken by 1"
+
+
+def break_on_1(life: Heartbeat, rank: int, folder: Path) -> None:
+    beat_less_on(1, life, rank, folder)
+    _ = 1 // 0
+
+
+def test_a_bug_is_a_traceback_on_its_rank_and_a_line_of_another(tmp_path):
+    with ranks.started(3, command, break_on_1, tmp_path) as started:
+        assert started.wait(30) == [2, 1, 2]
+        assert "Traceback" in started.output(1)
+        assert complaints(started) == ["gsae: ZeroDivisionError integer division or modulo by zero (on rank 1)"]
+
+
+def meet_in_collective(life: Heartbeat, rank: int, folder: Path) -> None:
+    if rank == 1:
+        fail_on_1(life, rank, folder)
+    dist.all_reduce(torch.zeros(1))
+
+
+def test_ranks_that_are_in_a_collective_with_the_failed_one_end(tmp_path):
+    with ranks.started(3, command, meet_in_collective, tmp_path) as started:
+        assert started.wait(30) == [2, 2, 2]
+        assert complaints(started) == ["gsae: rank 1: lane 7 is damaged"]
+
+
+def be_stuck_on_0(life: Heartbeat, rank: int, folder: Path) -> None:
+    if rank == 0:
+        life.beat(tokens=7)
+        time.sleep(1000)
+    beat_for(1000, life, rank, folder)
+
+
+def test_a_stuck_rank_is_ended_and_speaks_first_if_it_is_the_one_to_speak(tmp_path):
+    with ranks.started(3, command, be_stuck_on_0, tmp_path) as started:
+        while all(process.exitcode is None for process in started.processes):
+            time.sleep(0.01)
+        (line,) = complaints(started)
+        assert line.startswith(f"gsae: rank 0 on {HOST} has got no further for 2 s (last: 7 tokens)")
+        assert started.wait(30) == [2, 2, 2]
+        assert complaints(started) == [line]
+
+
+def finish_early_on_1(life: Heartbeat, rank: int, folder: Path) -> None:
+    beat_for(0.3 if rank == 1 else 3 * STALL_SECONDS, life, rank, folder)
+
+
+def be_slow_on_1(life: Heartbeat, rank: int, folder: Path) -> None:
+    for _ in range(5 if rank == 1 else 0):
+        time.sleep(0.6 * STALL_SECONDS)
+        life.beat()
+
+
+@pytest.mark.parametrize("work", [finish_early_on_1, be_slow_on_1])
+def test_a_rank_that_is_done_early_or_slow_is_no_fault(tmp_path, work):
+    with ranks.started(3, command, work, tmp_path) as started:
+        assert started.wait(30) == [0, 0, 0], complaints(started)
+
+
+def be_done_on_1(life: Heartbeat, rank: int, folder: Path) -> None:
+    beat_less_on(1, life, rank, folder)
+
+
+def test_a_rank_that_dies_while_it_waits_for_the_others_is_named(tmp_path):
+    with ranks.started(2, command, be_done_on_1, tmp_path) as started:
+        wait_for_beats(tmp_path, 2)
+        time.sleep(1)
+        started.processes[1].kill()
+        assert started.wait(30) == [2, -signal.SIGKILL]
+        assert complaints(started)[0].startswith(f"gsae: rank 1 on {HOST} has got no further")
+
+
+def check_totals(size: int) -> None:
+    hurry()
+    shown: list[dict[str, int]] = []
+    with world.start("cpu") as here:
+        for use in (1, 2):  # the second begins at zero
+            with heartbeat(here, 60, shown.append) as life:
+                for _ in range(use * (here.everyone.rank + 1)):
+                    life.beat(tokens=10)
+                    life.beat(tokens=1, shards=1)
+            beats = use * size * (size + 1) // 2
+            if here.is_first:
+                assert life.totals() == shown[-1] == {"tokens": 11 * beats, "shards": beats}
+            else:
+                assert shown == []
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_totals_are_the_counts_of_all_ranks(size):
+    ranks.run(size, check_totals, size)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    monkeypatch.setattr(gsae.heartbeat, "INTERVAL_SECONDS", 0.05)
+    with world.start("cpu") as here:
+        yield here
+
+
+class SlowlyAdded(int):
+    """A count during whose addition another thread takes its turn."""
+
+    def __radd__(self, other: int) -> int:
+        time.sleep(0)
+        return other + int(self)
+
+
+def test_beats_of_several_threads_add_up(alone):
+    def write() -> None:
+        for _ in range(200):
+            life.beat(bytes=SlowlyAdded(3))
+
+    with heartbeat(alone, 60) as life:
+        threads = [threading.Thread(target=write) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert life.totals() == {"bytes": 3 * 4 * 200}
+
+
+def test_a_rank_that_has_not_looked_at_the_board_for_long_looks_before_it_goes_on(alone, monkeypatch):
+    monkeypatch.setattr(gsae.heartbeat, "NAP_SECONDS", 0.2)
+    answers, plain_read = threading.Event(), world.Board.read
+    with heartbeat(alone, 60) as life:
+        monkeypatch.setattr(world.Board, "read", lambda board, keys: answers.wait() and plain_read(board, keys))
+        time.sleep(0.5)
+        beating = threading.Thread(target=life.beat)
+        beating.start()
+        time.sleep(0.2)
+        assert beating.is_alive()
+        answers.set()
+        beating.join(10)
+        assert not beating.is_alive()
+
+
+def test_what_shows_the_totals_may_fail(alone, tmp_path):
+    def show(totals: dict[str, int]) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError), heartbeat(alone, 60, show) as life:
+        beat_on(life, 0, tmp_path)
+
+
+def test_a_rank_that_gets_no_further_writes_nothing(alone, monkeypatch):
+    written: list[str] = []
+    monkeypatch.setattr(world.Board, "write", lambda board, key, value: written.append(key))
+    monkeypatch.setattr(world.Board, "read", lambda board, keys: [None for _ in keys])
+    life = Heartbeat(alone, 60, None)
+    life.start()
+    for num_beats in (0, 1):
+        time.sleep(0.5)
+        assert written == ["0"] * (num_beats + 1)
+        life.beat()
+    life.close()
+
+
+def check_reads(size: int) -> None:
+    hurry()
+    read: set[str] = set()
+    plain_read = world.Board.read
+
+    def note(board: world.Board, keys: list[str]) -> list[str | None]:
+        read.update(keys)
+        return plain_read(board, keys)
+
+    world.Board.read = note
+    with world.start("cpu") as here, heartbeat(here, 60):
+        time.sleep(0.5)
+    assert read == ({"0", "1", "2"} if here.is_first else {"0", "verdict"})
+
+
+def test_only_the_first_rank_reads_all_signs():
+    ranks.run(3, check_reads, 3)
+
+
+def test_no_thread_is_left(alone):
+    before = threading.active_count()
+    with heartbeat(alone, 60) as life:
+        life.beat()
+    assert threading.active_count() == before
+
+
+def command_on_tcp(port: int, work: Work, folder: Path) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    rendezvous.join(port, rank, size)
+    command(work, folder)
+
+
+@pytest.mark.parametrize(
+    ("sent", "line"),
+    [
+        (signal.SIGKILL, "the ranks' rendezvous is gone ("),
+        (
+            signal.SIGSTOP,
+            "the ranks' rendezvous has not answered for 2 s: its host is stopped or out of reach; look at the first rank's log",
+        ),
+    ],
+)
+def test_ranks_end_when_their_rendezvous_does_not_answer(tmp_path, sent, line):
+    with rendezvous.held() as (holder, port), ranks.started(2, command_on_tcp, port, beat_on, tmp_path) as started:
+        wait_for_beats(tmp_path, 2)
+        holder.send_signal(sent)
+        assert started.wait(30) == [2, 2]
+        assert [line in said for said in complaints(started)] == [True, True]
+        assert "Traceback" not in started.output(0) + started.output(1)
+
+
+def command_on_tcp_of_first(work: Work, folder: Path) -> None:
+    """The first rank itself holds the ranks' values, as without a launcher's agent: they end with it."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    rendezvous.hold_and_join(folder, rank, size)
+    command(work, folder)
+
+
+def beat_a_little(life: Heartbeat, rank: int, folder: Path) -> None:
+    beat_for(0.5, life, rank, folder)
+
+
+@pytest.mark.parametrize(("work", "codes", "said"), [(beat_a_little, [0, 0, 0], []), (fail_on_0, [2, 2, 2], ["gsae: lane 7 is damaged"])])
+def test_a_first_rank_that_holds_the_rendezvous_leaves_when_the_others_know_how_it_ended(tmp_path, work, codes, said):
+    with ranks.started(3, command_on_tcp_of_first, work, tmp_path) as started:
+        assert started.wait(30) == codes
+        assert complaints(started) == said
+
+
+def test_of_many_silent_ranks_a_few_are_named():
+    signs = [Sign(f"node{rank}", 5, {"tokens": 120_832, "shards": 3}, "working", None, False) for rank in range(9)]
+    advice = "then run the same again: the harvest continues where it is (stall_timeout_seconds)"
+    last = "(last of rank 3: 120,832 tokens, 3 shards); look at their logs, " + advice
+    assert describe_silence(signs, [3, 4], 600) == f"ranks 3 on node3 and 4 on node4 have got no further for 600 s {last}"
+    many = "ranks 3 on node3, 4 on node4, 5 on node5 and 3 others have got no further for 600 s "
+    assert describe_silence(signs, [3, 4, 5, 6, 7, 8], 600) == many + last
+    assert describe_silence([None], [0], 1.5) == f"rank 0 has got no further for 1.5 s; look at its log, {advice}"
