@@ -27,7 +27,7 @@ STAGES = {
     "train": "train the SAEs of a store's sites",
     "evaluate": "held-out text through the LLM with each SAE spliced in",
     "report": "one page, table and plots of finished runs",
-    "plan": "disk, memory and steps that a config will need, before anything runs",
+    "plan": "text, disk, memory and hours that a config will need, and what will not fit, before anything runs",
     "verify": "check a store or a run directory byte for byte; --repair takes out of a store what is broken",
     "inspect": "norms, dropped tokens and lanes of a store, and a picture of them",
     "export": "write an SAE for use by others: our published form, SAELens, dictionary_learning",
@@ -77,6 +77,8 @@ def _dispatch(words: list[str]) -> int:
         raise ConfigError(f"there is no command {stage!r}; choose from {', '.join(STAGES)}")
     if stage == "report":
         return _report(rest)
+    if stage == "plan":
+        return _plan(rest)
     if stage == "verify":
         return _verify(rest)
     if stage == "inspect":
@@ -106,11 +108,6 @@ def _stage_of_config(stage: str, words: list[str]) -> int:
     except ConfigError as error:
         error.spoken_by = 0  # all ranks read the same words
         raise
-    if stage == "plan":
-        from gsae.plan import run_plan
-
-        run_plan(config)
-        return 0
     # DDP warns that its search for unused parameters found none; world.py says why it is on. Torch reads this when it is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from gsae import world
@@ -119,6 +116,44 @@ def _stage_of_config(stage: str, words: list[str]) -> int:
     with world.start(config.device, config.train.groups if stage == "train" else 1) as ranks:
         run(config, ranks)
     return 0
+
+
+def _plan(words: list[str]) -> int:
+    parser = _Parser(prog="gsae plan", add_help=False, allow_abbrev=False, usage="gsae plan CONFIG [options] [--section.field value ...]")
+    ranks = "ranks of the job; default: as many as a launcher started, or 1"
+    parser.add_argument("--ranks", type=_positive(int), default=int(os.environ.get("WORLD_SIZE", "1")), metavar="N", help=ranks)
+    rates = parser.add_mutually_exclusive_group()
+    tokens = "tokens a second of the harvest, over all ranks, for its hours"
+    rates.add_argument("--tokens-per-second", type=_positive(float), metavar="X", help=tokens)
+    rates.add_argument("--measure", action="store_true", help="load the LLM and measure that for some seconds, on one rank of this machine")
+    rows = "rows a second of the runs of a site, as gsae train shows them, for the hours of training"
+    parser.add_argument("--rows-per-second", type=_positive(float), metavar="X", help=rows)
+    parser.add_argument("--json", action="store_true", help="write one JSON object, for machines")
+    if any(word in ("-h", "--help") for word in words):
+        sys.stdout.write(f"{parser.format_help()}\n{config_parser('plan').format_help()}")
+        return 0
+    given, rest = parser.parse_known_args(words)
+    config = read_config("plan", rest)
+    if int(os.environ.get("RANK", "0")):
+        return 0  # the first rank speaks for all
+    from gsae.plan.budget import Assumptions
+    from gsae.plan.run import run_plan
+
+    run_plan(config, Assumptions(given.ranks, given.tokens_per_second, given.rows_per_second, given.measure), as_json=given.json)
+    return 0
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """What argparse makes of a word: a number above 0."""
+
+    def parse(word: str) -> float:
+        value = kind(word)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
 
 
 def _report(words: list[str]) -> int:

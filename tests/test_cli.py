@@ -1,6 +1,5 @@
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -49,12 +48,3 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(words, message, capsys)
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "gsae", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("gsae 0.")
-
-
-def test_plan_tells_the_budget(pipeline: Path, capsys):
-    assert run("plan", str(pipeline)) == 0
-    shown = capsys.readouterr().out
-    assert "resid.1, resid.2" in shown
-    assert "6 runs of 200 steps of 64 rows = 12,800 rows" in shown
-    assert run("plan", str(pipeline), "--harvest.max_tokens", "1000000000000000") == 0
-    assert "will not fit" in capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""`gsae plan`: what a config will need, before anything runs."""

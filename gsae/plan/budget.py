@@ -1,0 +1,145 @@
+"""The budget of a config. In: a config, and what is assumed of the ranks. Out: `Budget`, all figures together.
+
+Nothing heavy is loaded unless a rate is to be measured: the LLM is described by its config.json, the text is read once.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gsae.config import Config
+from gsae.llm.load import load_tokenizer
+from gsae.llm.site import Site, resolve_sites
+from gsae.plan.disk import NUMBER_BYTES, StoreSize, checkpoint_bytes, free_bytes, num_parameters, on_one_disk, store_size
+from gsae.plan.llm import LLMNeeds, Shape, llm_needs, read_shape
+from gsae.plan.machine import Machine, this_machine
+from gsae.plan.rate import measure_tokens_per_second
+from gsae.plan.text import TrainingText, read_text
+from gsae.plan.training import TrainingNeeds, training_needs
+from gsae.train.plan import BankSpec, StoreOutline, plan_banks
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a config does not tell."""
+
+    ranks: int = 1
+    """Ranks of the job."""
+    tokens_per_second: float | None = None
+    """Of the harvest, over all ranks."""
+    rows_per_second: float | None = None
+    """Of the stream that a group trains all runs of a site from, as `gsae train` shows it."""
+    measure: bool = False
+    """Whether to measure tokens_per_second here, on one rank, and take all ranks to be as fast."""
+
+
+@dataclass(frozen=True)
+class HarvestNeeds:
+    """What the harvest computes."""
+
+    documents: int
+    pieces: int
+    characters: int
+    sampled_pieces: int
+    characters_per_token: float
+    contexts: int
+    context_length: int
+    computed_tokens: int
+    """That the LLM computes for the text once: text, BOS and padding."""
+    text_tokens: int
+    bos_tokens: int
+    padding_tokens: int
+    empty_lanes: int
+    """Lanes without text, which a harvest refuses."""
+    tokens_per_second: float | None
+    is_measured: bool
+    hours: float | None
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Where it is written."""
+
+    store_free_bytes: int
+    output_free_bytes: int
+    is_shared: bool
+    """Whether these are the same bytes."""
+    checkpoint_bytes: int
+    """Of all runs, in the directory of the output."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a config will need."""
+
+    harvest: HarvestNeeds
+    store: StoreSize
+    disk: Disk
+    llm: LLMNeeds
+    train: TrainingNeeds
+    train_hours: float | None
+    machine: Machine
+    text: TrainingText
+    shape: Shape
+
+
+def budget(config: Config, assumptions: Assumptions) -> Budget:
+    """Work out the budget.
+
+    Raises:
+        ConfigError, CorpusError, ModelError: as the stages would.
+    """
+    shape = read_shape(config.llm)
+    sites = resolve_sites(config.harvest.sites, shape.num_layers)
+    layers = {site.name: site.layer for site in sites}
+    banks = plan_banks(config, StoreOutline(shape.num_layers, shape.d_model, layers, dict.fromkeys(layers, 1.0)))
+    text = read_text(config, load_tokenizer(config.llm))
+    store = store_size(config, list(layers), shape.d_model, text)
+    train = training_needs(config, banks, store, assumptions.ranks)
+    rate = assumptions.rows_per_second
+    return Budget(
+        harvest=_harvest_needs(config, text, sites, assumptions, train.visits / store.parts if store.parts > 1 else 1.0),
+        store=store,
+        disk=_disk(config, banks),
+        llm=llm_needs(config, shape, sites[-1].layer, len(sites), assumptions.ranks, _sae_bytes(config, banks)),
+        train=train,
+        train_hours=None if rate is None else -(-train.banks // train.groups) * train.rows_per_run / rate / 3600,
+        machine=this_machine(config),
+        text=text,
+        shape=shape,
+    )
+
+
+def _harvest_needs(config: Config, text: TrainingText, sites: list[Site], assumptions: Assumptions, num_harvests: float) -> HarvestNeeds:
+    """`num_harvests` is how often the text goes through the LLM: a corpus in parts is harvested anew in each pass of training."""
+    computed = text.contexts * config.harvest.context_length
+    bos = text.segments * text.prefix_tokens
+    rate = assumptions.tokens_per_second
+    if assumptions.measure:
+        rate = measure_tokens_per_second(config, sites) * assumptions.ranks
+    return HarvestNeeds(
+        documents=text.documents,
+        pieces=text.pieces,
+        characters=text.characters,
+        sampled_pieces=text.sampled_pieces,
+        characters_per_token=text.characters_per_token,
+        contexts=text.contexts,
+        context_length=config.harvest.context_length,
+        computed_tokens=computed,
+        text_tokens=text.text_tokens,
+        bos_tokens=bos,
+        padding_tokens=computed - text.text_tokens - bos,
+        empty_lanes=sum(lane.contexts == 0 for lane in text.lanes),
+        tokens_per_second=rate,
+        is_measured=assumptions.measure,
+        hours=None if rate is None else num_harvests * computed / rate / 3600,
+    )
+
+
+def _disk(config: Config, banks: list[BankSpec]) -> Disk:
+    store, output = Path(config.store_directory), Path(config.output)
+    return Disk(free_bytes(store), free_bytes(output), on_one_disk(store, output), checkpoint_bytes(config, banks))
+
+
+def _sae_bytes(config: Config, banks: list[BankSpec]) -> int:
+    """Bytes of the SAEs of all runs, which an evaluation holds together."""
+    return NUMBER_BYTES[config.train.dtype] * sum(num_parameters(run) for bank in banks for run in bank.runs)

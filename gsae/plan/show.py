@@ -1,0 +1,92 @@
+"""A budget as people and machines read it. In: a budget and its warnings. Out: aligned lines, or one JSON object."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from gsae.plan.budget import Budget
+from gsae.plan.units import counted, gib, hours
+
+Line = tuple[str, str]
+"""What a line is about, and what it says."""
+
+
+def lines(found: Budget, warnings: list[str]) -> list[str]:
+    """The lines, in groups; the first line of each names it."""
+    groups = {"harvest": _harvest(found), "store": _store(found), "LLM": _llm(found), "train": _train(found)}
+    shown = []
+    for name, group in groups.items():
+        for number, (label, text) in enumerate(group):
+            shown.append(f"{name if number == 0 else '':<9}{label:<12}{text}")
+    return shown + [f"warning: {warning}" for warning in warnings]
+
+
+def as_json(found: Budget, warnings: list[str]) -> str:
+    """All figures; bytes, tokens, rows and hours as their names say."""
+    figures: dict[str, Any] = {name: asdict(getattr(found, name)) for name in ("harvest", "store", "disk", "llm", "train", "machine")}
+    figures["store"]["bytes_missing"] = found.store.bytes_missing
+    figures["llm"]["harvest_bytes_per_rank"] = found.llm.harvest_bytes_per_rank
+    figures["train"]["hours"] = found.train_hours
+    return json.dumps({**figures, "warnings": warnings}, indent=1)
+
+
+def _harvest(found: Budget) -> Iterator[Line]:
+    harvest = found.harvest
+    sample = "all" if harvest.sampled_pieces == harvest.pieces else f"{harvest.sampled_pieces:,}"
+    yield "text", f"{harvest.documents:,} documents in {harvest.pieces:,} pieces, {harvest.characters:,} characters read"
+    yield "tokens", f"about {harvest.text_tokens:,} of text, at {harvest.characters_per_token:.2f} characters each in {sample} pieces"
+    parts = f"text, {harvest.bos_tokens:,} BOS and {harvest.padding_tokens:,} of padding"
+    yield "computed", f"about {harvest.computed_tokens:,} tokens in {harvest.contexts:,} contexts of {harvest.context_length}: {parts}"
+    if harvest.hours is None:
+        yield "time", "give --tokens-per-second, or --measure to take it on this machine"
+    else:
+        assert harvest.tokens_per_second is not None
+        source = f", measured on one rank and taken for each of {found.llm.ranks}" if harvest.is_measured else ""
+        passes = f" for {found.train.visits:,} parts" if found.store.parts > 1 else ""
+        yield "time", f"{hours(harvest.hours)}{passes} at {harvest.tokens_per_second:,.0f} tokens/s{source}; writing runs beside it"
+
+
+def _store(found: Budget) -> Iterator[Line]:
+    store, disk = found.store, found.disk
+    yield "rows", f"about {store.rows_per_site:,} a site: all text but first rows and special tokens; outliers are not taken off"
+    row = f"{store.bytes_per_row:,} bytes a row, as {store.storage_dtype}"
+    yield "bytes", f"about {gib(store.bytes_per_site)} a site, {gib(store.bytes)} at {', '.join(store.sites)}; {row}"
+    yield "shards", f"about {store.shards_per_site:,} a site, {store.shards:,} in all, of {gib(store.bytes_per_shard)}"
+    if store.parts > 1:
+        once = f"{gib(store.bytes_at_once)} at most at once"
+        yield "parts", f"{store.parts} of {gib(store.bytes_per_part)}, {once}; a run reads {found.train.visits:,} one after another"
+    present = f", {gib(store.bytes_present)} of it there already" if store.bytes_present else ""
+    yield "disk", f"{gib(store.bytes_at_once)} at {store.directory}{present}; {gib(disk.store_free_bytes)} free"
+    shared = "the same disk" if disk.is_shared else "another disk"
+    yield "checkpoints", f"{gib(disk.checkpoint_bytes)} on {shared}; {gib(disk.output_free_bytes)} free"
+
+
+def _llm(found: Budget) -> Iterator[Line]:
+    llm, machine = found.llm, found.machine
+    loaded = f"{llm.harvest_parameters:,} in {llm.loaded_layers} of {llm.num_layers} layers for the harvest"
+    yield "parameters", f"{loaded}, {llm.parameters:,} in all, {llm.dtype}"
+    replicate, zero3, gathered = map(gib, (llm.bytes_per_rank_replicate, llm.bytes_per_rank_zero3, llm.gathered_bytes_zero3))
+    yield (
+        "memory",
+        f"{replicate} a rank with replicate; {zero3} with zero3 on {counted(llm.ranks, 'rank')}, {gathered} of it gathered",
+    )
+    yield "batch", f"about {gib(llm.activation_bytes)} for one LLM batch; {gib(llm.harvest_bytes_per_rank)} a rank with {llm.sharding}"
+    if llm.sharding == "zero3":
+        yield "network", f"{gib(llm.bytes_received_per_forward_zero3)} to each rank for each LLM batch"
+    yield "evaluation", f"about {gib(llm.evaluation_bytes_per_rank)} a rank: the whole LLM, logits, the SAEs of all runs"
+    gpus = ", ".join(gib(free) for free in machine.gpu_free_bytes)
+    yield "free here", f"{gib(machine.host_free_bytes)} on this host" + (f"; on its GPUs {gpus}" if gpus else "")
+
+
+def _train(found: Budget) -> Iterator[Line]:
+    train = found.train
+    rows = f"{counted(train.runs, 'run')} of {train.steps_per_run:,} steps of {train.batch_rows} rows = {train.rows_per_run:,} rows"
+    yield "runs", f"{rows}, {train.passes:.2f} passes over the store"
+    features, windows = gib(train.features_bytes_per_rank), gib(train.window_bytes_per_rank)
+    parts = f"{gib(train.state_bytes_per_rank)} of weights and optimizer, {features} of features, {windows} of windows"
+    yield "memory", f"about {gib(train.bytes_per_rank)} a rank, for the largest bank on {counted(train.ranks_per_group, 'rank')}: {parts}"
+    if found.train_hours is None:
+        yield "time", "give --rows-per-second, as gsae train shows it for the runs of a site"
+    else:
+        yield "time", f"{hours(found.train_hours)} for {counted(train.banks, 'site')} on {counted(train.groups, 'group')}"

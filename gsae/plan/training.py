@@ -1,0 +1,72 @@
+"""What training needs. In: the banks that a config asks for. Out: runs, passes over the store, bytes a rank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gsae.config import Config
+from gsae.plan.disk import NUMBER_BYTES, StoreSize, num_parameters, row_bytes
+from gsae.train.plan import BankSpec
+
+FEATURE_TENSORS = 7
+"""Tensors of rows x features that a dense gated step holds at once."""
+STATE_COPIES = 5
+"""Weights, gradient, the buffer in which DDP sums it, and Adam's two moments."""
+WINDOWS = 2
+"""Of a stream: the one that is handed out, and the one that loads meanwhile."""
+
+
+@dataclass(frozen=True)
+class TrainingNeeds:
+    """What training takes."""
+
+    banks: int
+    """One a site."""
+    runs: int
+    steps_per_run: int
+    batch_rows: int
+    rows_per_run: int
+    passes: float
+    """How often a run reads all of the store."""
+    visits: int
+    """Parts that a run reads one after another; 1 where the corpus is not cut into parts."""
+    groups: int
+    ranks_per_group: int
+    bytes_per_rank: int
+    """For the largest bank: its state, features and windows."""
+    state_bytes_per_rank: int
+    """Weights, gradients, DDP's buffers and optimizer state of a bank's runs."""
+    features_bytes_per_rank: int
+    """One run's rows x features, in the dense step that training begins with."""
+    window_bytes_per_rank: int
+    """Rows that are shuffled, in the host's memory."""
+
+
+def training_needs(config: Config, banks: Sequence[BankSpec], store: StoreSize, ranks: int) -> TrainingNeeds:
+    """What training needs, on so many ranks."""
+    train, number = config.train, NUMBER_BYTES[config.train.dtype]
+    ranks_a_group = max(1, ranks // train.groups)
+    state = STATE_COPIES * number * max(sum(map(num_parameters, bank.runs)) for bank in banks)
+    rows = -(-train.batch_rows // ranks_a_group)
+    widest = max(run.num_features for bank in banks for run in bank.runs)
+    features = FEATURE_TENSORS * number * min(rows, train.micro_batch_rows or rows) * widest
+    streams = 2 if any(run.resampling for bank in banks for run in bank.runs) else 1  # an event has one of its own
+    rows_a_part = store.rows_per_site // store.parts
+    d_model = banks[0].runs[0].d_model
+    window = min(train.window_rows, rows_a_part) * row_bytes(d_model, store.storage_dtype) // ranks_a_group
+    total_rows = banks[0].total_rows
+    rows_a_visit = max(train.batch_rows, rows_a_part - rows_a_part % train.batch_rows)
+    return TrainingNeeds(
+        banks=len(banks),
+        runs=sum(len(bank.runs) for bank in banks),
+        steps_per_run=banks[0].total_steps,
+        batch_rows=train.batch_rows,
+        rows_per_run=total_rows,
+        passes=total_rows / max(1, store.rows_per_site),
+        visits=1 if store.parts == 1 else -(-total_rows // rows_a_visit),
+        groups=train.groups,
+        ranks_per_group=ranks_a_group,
+        bytes_per_rank=state + features + streams * WINDOWS * window,
+        state_bytes_per_rank=state,
+        features_bytes_per_rank=features,
+        window_bytes_per_rank=streams * WINDOWS * window,
+    )
