@@ -9,6 +9,15 @@ import yaml
 
 torch.set_num_threads(1)
 
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow tests are for `-m slow`."""
+    if "slow" not in (config.getoption("markexpr") or ""):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: run it with -m slow"))
+
+
 WORDS = ("the", "of", "and", "a", "in", "to", "sparse", "gate", "magnitude", "feature", "layer", "row", "lane", "shard", "Paris", "1990")
 
 

@@ -115,6 +115,7 @@ def test_the_json_holds_what_the_issue_asks_for_and_the_pictures_are_written(sto
     assert list(shown["sites"]) == ["resid.1", "resid.2"]
     site = shown["sites"][SITE]
     assert list(site["kept_above"]) == ["2", "3", "5", "10"]
+    assert 1e-7 < site["storage_fvu"] < 1e-5  # a bfloat16 has 8 bits: its error is about 2^-9 / sqrt(3) of the value
     assert site["dropped"]["first"]["tokens"] == [["<s>", site["dropped"]["first"]["rows"]]]
     assert sum(site["lane_rows"]) == site["rows"]
     assert [Path(path).name for path in shown["pictures"]] == ["norms.png", "norms.svg"]
@@ -128,7 +129,8 @@ def test_elsewhere_than_on_a_terminal_there_is_one_line_a_row(store, tmp_path, c
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("resid.2, dropped rows: reason first, rows ") and '"<s>"' in line]
     assert lines[-1] == str(tmp_path / "norms.svg")
-    assert len(lines) == 2 * (1 + 1 + 2 + 2) + 2  # each site: lanes, norms, shares of two kinds, two reasons; two pictures
+    assert "resid.2, what storing costs: type bfloat16, share of the variance " in "\n".join(lines)
+    assert len(lines) == 2 * (1 + 1 + 1 + 2 + 2) + 2  # each site: lanes, cost, norms, shares of two kinds, two reasons; two pictures
 
 
 def test_a_token_that_looks_like_markup_is_shown_as_it_is(capsys):

@@ -7,6 +7,7 @@ import pytest
 from conftest import small_settings, write_config, write_text
 from made_up_run import MadeUpRun
 from ranks import run_gsae
+from trees import tree
 
 from gsae.cli import main
 from gsae.store.shards import tar_path
@@ -16,10 +17,6 @@ def run(*words) -> int:
     with pytest.raises(SystemExit) as ended:
         main([str(word) for word in words])
     return int(ended.value.code)
-
-
-def tree(store: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
 
 
 def config_of(folder: Path, text: Path) -> Path:
@@ -51,9 +48,11 @@ def test_a_harvest_after_a_repair_rebuilds_just_what_was_broken_to_the_byte(whol
     assert "shard resid.1/0001-000001.tar: its SHA-256 differs" in found
     assert "shard resid.2/0003-000000.tar has" in found
     assert run("verify", store, "--repair") == 0
-    assert "removed shards 1 and later of lane 1" in capsys.readouterr().out
+    assert "removed shard 1 of lane 1: 2 tars" in capsys.readouterr().out
     kept = {path: path.stat().st_mtime_ns for path in store.glob("resid.*/*.tar")}
-    assert {path.name[:4] for path in kept} == {"0000", "0001", "0002"}
+    wanted = {str(path.relative_to(whole / "runs/store")) for path in (whole / "runs/store").glob("resid.*/*.tar")}
+    gone = wanted - {str(path.relative_to(store)) for path in kept}
+    assert gone == {f"{site}/{shard}.tar" for site in ("resid.1", "resid.2") for shard in ("0001-000001", "0003-000000")}
     run_gsae(size, ["harvest", config])
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert tree(store) == tree(whole / "runs/store")

@@ -104,12 +104,21 @@ class Packer:
     A segment is cut where its context ends; the rest of its piece begins the next context. What is left of a context is padded
     when it has no room for BOS and 2 tokens. Nothing else is kept between contexts, so a packer that starts at a context's `end`
     gives the very contexts that follow it: what comes before `start` may be pushed and is ignored.
+
+    Args:
+        tokenizer: the LLM's.
+        context_length: tokens of a context.
+        start: where in the lane to begin; None begins at its start.
+        packed: whether a context may hold several segments; otherwise each has a context of its own.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", context_length: int, start: Cursor | None = None) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", context_length: int, start: Cursor | None = None, packed: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._start = start or Cursor(0, 0, 0)
+        self._packed = packed
         self._open = _OpenContext(tokenizer, context_length)
 
     def push(self, piece: Piece) -> list[Context]:
@@ -125,7 +134,7 @@ class Packer:
             segment = _Segment(Cursor(*place, token), token_ids[token : token + self._open.room])
             self._open.add(segment)
             token = segment.end.token
-            if self._open.room < _MIN_SEGMENT_TOKENS:
+            if not self._packed or self._open.room < _MIN_SEGMENT_TOKENS:
                 filled += self.finish()
         return filled
 
@@ -145,12 +154,13 @@ def tokenise(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
 
 
 def held_out_contexts(
-    config: CorpusConfig, evaluate: EvaluateConfig, tokenizer: "PreTrainedTokenizerBase", context_length: int
+    config: CorpusConfig, evaluate: EvaluateConfig, tokenizer: "PreTrainedTokenizerBase", context_length: int, packed: bool = True
 ) -> list[Context]:
     """Contexts of held-out text, spread over the documents; the same on every rank.
 
     All held-out documents take turns, in a seeded order, and give one segment each turn, in a seeded order within the document:
-    at most evaluate.max_document_tokens of text a document, until there are evaluate.max_tokens. Segments are packed whole.
+    at most evaluate.max_document_tokens of text a document, until there are evaluate.max_tokens. Segments are packed whole, or each has
+    a context of its own where `packed` is off.
 
     Raises:
         CorpusError: the segments come from fewer than evaluate.min_documents documents.
@@ -168,7 +178,7 @@ def held_out_contexts(
             f"{evaluate.min_documents}; raise corpus.held_out_fraction ({config.held_out_fraction}), corpus.max_documents or "
             f"evaluate.max_tokens ({evaluate.max_tokens}), or lower evaluate.min_documents"
         )
-    return _pack_whole(segments, tokenizer, context_length)
+    return _pack_whole(segments, tokenizer, context_length, packed)
 
 
 def _draw_segments(
@@ -208,13 +218,13 @@ def _first_tokens(segments: Iterable[_Segment], max_tokens: int) -> Iterator[_Se
             return
 
 
-def _pack_whole(segments: Iterable[_Segment], tokenizer: "PreTrainedTokenizerBase", context_length: int) -> list[Context]:
+def _pack_whole(segments: Iterable[_Segment], tokenizer: "PreTrainedTokenizerBase", context_length: int, packed: bool) -> list[Context]:
     """Contexts of uncut segments: the longest first, each where it leaves the least room (best fit decreasing)."""
     contexts: list[_OpenContext] = []
     rooms: list[tuple[int, int]] = []  # (room, place in contexts), ascending
     for segment in sorted(segments, key=lambda segment: -len(segment.token_ids)):
         fit = bisect_left(rooms, (len(segment.token_ids), 0))
-        if fit < len(rooms):
+        if packed and fit < len(rooms):
             _, place = rooms.pop(fit)
         else:
             place = len(contexts)

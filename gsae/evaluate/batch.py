@@ -31,6 +31,7 @@ from gsae.llm.load import LLM
 from gsae.llm.rows import candidates, special_tokens, within_norm
 from gsae.llm.site import Site, Tail, capture, substitute
 from gsae.sae.objective import SAE
+from gsae.store.encoding import encode
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class SplicedSite:
     """Mean of the store's kept rows, float64."""
     max_norm: float
     """Rows with a larger norm are dropped."""
-    storage_dtype: torch.dtype
-    """The type in which that norm is taken, the store's, so that the mask is the harvest's to the last row."""
+    storage: str
+    """The store's type: that norm is one of stored values, so that the mask is the harvest's to the last row."""
     runs: tuple[SplicedRun, ...]
 
 
@@ -169,7 +170,7 @@ def _clean_forward(llm: LLM, last: SplicedSite, x: Float[Tensor, "contexts lengt
 
 
 def _mask(each: SplicedSite, x: Float[Tensor, "contexts length d_model"], clean: _Clean) -> _SiteRows:
-    kept = clean.may_be_kept & within_norm(x.to(each.storage_dtype), each.max_norm)
+    kept = clean.may_be_kept & within_norm(encode(x, each.storage).decode(), each.max_norm)
     return _SiteRows(x, kept, (clean.batch.documents >= 0) & ~kept)
 
 

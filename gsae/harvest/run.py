@@ -1,33 +1,36 @@
 """Stage 1: run the LLM over the training text and store its activations. In: a config, the ranks. Out: a whole activation store.
 
-    documents -> pieces -> lanes -> contexts -> LLM batches -> kept rows -> shards
-
-A rank reads the corpus once and deals its lanes' pieces to a packer a lane; whenever a lane has a shard's contexts, the LLM runs
-over them. What is written depends on neither the number of ranks nor on interruptions: LLM batches are cut within a shard.
+A store is claimed, the LLM loaded, the median norms taken from a fixed sample, the lanes harvested (`gsae.harvest.lanes`), and the
+manifest written. What is written depends on neither the number of ranks nor on interruptions.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from gsae.config import Config
-from gsae.console import Console, open_console
+from gsae.console import Console, ProgressBar, open_console
 from gsae.corpus.contexts import Context, Packer
-from gsae.corpus.documents import Piece, corpus_identity, open_bookmarks, read_pieces
-from gsae.corpus.size import expected_tokens, shards_a_lane
+from gsae.corpus.documents import corpus_identity, read_pieces
+from gsae.corpus.size import expected_tokens, require_text_in_parts
 from gsae.errors import CorpusError
-from gsae.harvest.rows import ShardRows, calibrate
+from gsae.harvest.lanes import BOOKMARKS_FILE, harvest_lanes
+from gsae.harvest.parts import config_of_visit, is_calibrated, next_visit, share_calibration, what_comes_next
+from gsae.harvest.rows import RowHarvest, calibrate, llm_batches
+from gsae.heartbeat import heartbeat
 from gsae.llm.load import LLM, LLMInfo, describe, load
+from gsae.llm.packing import prove_packing
 from gsae.llm.site import resolve_sites
 from gsae.store import finish, manifest
 from gsae.store.durable import require_writable
 from gsae.store.manifest import Layout
-from gsae.store.progress import ProgressLog, write_shard
+from gsae.store.parts import require_identity
+from gsae.store.progress import ProgressLog
+from gsae.store.statistics import no_rows
 from gsae.world import Group, World, lanes_of
-
-BOOKMARKS_FILE = "bookmarks.json"
-"""In the store while it is harvested: where in the corpus its documents are."""
 
 
 def run_harvest(config: Config, world: World) -> None:
@@ -36,30 +39,118 @@ def run_harvest(config: Config, world: World) -> None:
     Raises:
         ConfigError: a site is out of range, the ranks do not divide the lanes, or the store's directory cannot be written.
         CorpusError: the text is missing, or too short for the lanes.
-        ModelError: the LLM cannot be loaded.
-        StoreError: the directory holds a store of other settings.
+        ModelError: the LLM cannot be loaded, or its attention does not keep segments apart.
+        StoreError: the directory holds a store of other settings, or the disk is full.
+        GsaeError: a rank failed, or got no further for stall_timeout_seconds.
     """
-    group, store = world.everyone, Path(config.store_directory)
     console = open_console(world.is_first)
-    with group.together():
+    with world.everyone.together():
         info = describe(config.llm)
-        layout = _layout(config, info)
+        layout = layout_of(config, info)
+        identity = manifest.complete_identity(layout, _settings(config, info))
+        require_identity(Path(config.store_directory), identity)
+    llm = cache(lambda: _load_llm(config, layout, world))
+    if config.corpus.parts == 1:
+        _harvest_store(config, info, layout, llm, world, console)
+        return
+    while (visit := world.everyone.on_first(lambda: next_visit(config, info.num_layers))) is not None:
+        _calibrate_parts(config, identity, layout, llm, world.everyone)
+        world.everyone.on_first(partial(share_calibration, config, visit))
+        _harvest_store(config_of_visit(config, visit), info, layout, llm, world, console)
+    console.say(world.everyone.on_first(lambda: what_comes_next(config)))
+
+
+def _harvest_store(config: Config, info: LLMInfo, layout: Layout, load_llm: Callable[[], LLM], world: World, console: Console) -> None:
+    """Harvest what is missing of one store; the LLM is loaded only where something is."""
+    group, store = world.everyone, Path(config.store_directory)
+    with group.together():
         lanes = lanes_of(group, config.corpus.num_lanes)
         settings = _settings(config, info)
         manifest.check_identity(store, manifest.complete_identity(layout, settings))
     if group.on_first(lambda: _claim(store, layout, settings)):
         console.say(f"harvest: the store {store} is whole, nothing to do")
         return
-    with group.together():
-        llm = load(config.llm, world.device, last_layer=layout.sites[-1].layer)
+    llm = load_llm()
     median_norms = _median_norms(config, llm, layout, store, group)
     total_tokens = group.on_first(lambda: expected_tokens(config, lambda: llm.tokenizer))
-    _harvest_lanes(config, llm, ShardRows(config.harvest, llm, layout, median_norms), store, lanes, total_tokens, group, console)
-    world.wait_for_all("harvested")
+    with group.together():
+        logs = [ProgressLog.open(store, lane) for lane in lanes]
+    before = _count_done(logs, config, group)
+    rows = RowHarvest(config.harvest, llm, layout, median_norms)
+    with (
+        console.progress("harvest", max(total_tokens, before.tokens), "tokens", before.tokens) as bar,
+        heartbeat(world, config.stall_timeout_seconds, _Display(bar, before, total_tokens // shard_tokens(config))) as beats,
+    ):
+        harvest_lanes(config, llm, rows, store, layout, logs, group, beats)
     group.on_first(lambda: _finish(store, console))
 
 
-def _layout(config: Config, info: LLMInfo) -> Layout:
+def _calibrate_parts(config: Config, identity: dict[str, Any], layout: Layout, load_llm: Callable[[], LLM], group: Group) -> None:
+    """Take what all parts share, unless that has been done: norms, means and scales of the calibration sample of the whole corpus."""
+    store = Path(config.store_directory)
+    if group.on_first(lambda: is_calibrated(store)):
+        return
+    group.on_first(lambda: require_text_in_parts(config.corpus))
+    group.on_first(lambda: require_writable(store, "harvest.store"))
+    llm = load_llm()
+    median_norms = _median_norms(config, llm, layout, store, group)
+    rows = RowHarvest(config.harvest, llm, layout, median_norms)
+    totals = {site.name: no_rows(layout.d_model) for site in layout.sites}
+    with group.together():
+        for batch in llm_batches(calibration_contexts(config, llm), config.harvest.batch_contexts, llm):
+            harvested = rows(batch)
+            for name in totals:
+                totals[name] += harvested.rows_of(name)[1]
+    group.on_first(lambda: finish.write_manifest(store, identity, totals, median_norms, lanes=()))
+
+
+def _load_llm(config: Config, layout: Layout, world: World) -> LLM:
+    """The LLM up to its last site, on all ranks, with proof that it keeps segments apart."""
+    last = layout.sites[-1]
+    with world.everyone.together():
+        llm = load(config.llm, world.device, last_layer=last.layer, group=world.everyone)
+        prove_packing(llm, last, config.harvest.packed)
+    return llm
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What is in a store, at all of its lanes."""
+
+    tokens: int
+    """That the LLM computed for it."""
+    shards: int
+
+
+def _count_done(logs: Sequence[ProgressLog], config: Config, group: Group) -> _Done:
+    whole = [record for log in logs for record in log.records() if not record.is_gap]
+    tokens = sum(record.contexts for record in whole) * config.harvest.context_length
+    return _Done(*(sum(each) for each in zip(*group.gather_objects((tokens, len(whole))), strict=True)))
+
+
+class _Display:
+    """Shows the counts of all ranks as they come in."""
+
+    def __init__(self, bar: ProgressBar, before: _Done, about_shards: int) -> None:
+        self._bar, self._before, self._about_shards = bar, before, about_shards
+        self._start = time.monotonic()
+
+    def __call__(self, totals: Mapping[str, int]) -> None:
+        seconds = max(time.monotonic() - self._start, 1e-3)
+        shards = self._before.shards + totals.get("shards", 0)
+        speed = f"{totals.get('bytes', 0) / 1e6 / seconds:.3g} MB/s"
+        self._bar.show(
+            self._before.tokens + totals.get("tokens", 0), f"{speed}, {shards} of about {max(shards, self._about_shards)} shards"
+        )
+
+
+def shard_tokens(config: Config) -> int:
+    """Tokens that the LLM computes for a full shard."""
+    return config.harvest.contexts_per_shard * config.harvest.context_length
+
+
+def layout_of(config: Config, info: LLMInfo) -> Layout:
+    """The sites of the config in this LLM, and how their rows are stored."""
     harvest = config.harvest
     sites = tuple(resolve_sites(harvest.sites, info.num_layers))
     return Layout(sites, info.d_model, config.corpus.num_lanes, harvest.context_length, harvest.storage_dtype, harvest.outlier_multiple)
@@ -77,6 +168,7 @@ def _settings(config: Config, info: LLMInfo) -> dict[str, Any]:
         "contexts_per_shard": harvest.contexts_per_shard,
         "batch_contexts": harvest.batch_contexts,
         "max_tokens": harvest.max_tokens,
+        "packed": harvest.packed,
         "calibration_contexts": harvest.calibration_contexts,
     }
 
@@ -94,15 +186,15 @@ def _median_norms(config: Config, llm: LLM, layout: Layout, store: Path, group: 
     if known is not None:
         return known
     with group.together():
-        median_norms = calibrate(_calibration_contexts(config, llm), config.harvest, llm, layout.sites)
+        median_norms = calibrate(calibration_contexts(config, llm), config.harvest, llm, layout.sites)
     median_norms = group.broadcast_object(median_norms)
     group.on_first(lambda: finish.write_calibration(store, median_norms))
     return median_norms
 
 
-def _calibration_contexts(config: Config, llm: LLM) -> list[Context]:
+def calibration_contexts(config: Config, llm: LLM) -> list[Context]:
     """A fixed sample: the first pieces of the first documents, packed."""
-    packer = Packer(llm.tokenizer, config.harvest.context_length)
+    packer = Packer(llm.tokenizer, config.harvest.context_length, packed=config.harvest.packed)
     contexts: list[Context] = []
     for piece in read_pieces(config.corpus, "training", lambda document, piece: piece == 0):
         contexts += packer.push(piece)
@@ -113,76 +205,6 @@ def _calibration_contexts(config: Config, llm: LLM) -> list[Context]:
     if not contexts:
         raise CorpusError(f"the training text of {config.corpus.path!r} is empty; check corpus.path and corpus.format")
     return contexts[: config.harvest.calibration_contexts]
-
-
-def _harvest_lanes(
-    config: Config, llm: LLM, rows: ShardRows, store: Path, lanes: Sequence[int], total_tokens: int, group: Group, console: Console
-) -> None:
-    """Harvest the lanes of this rank; the bar counts all ranks, taking the others to be as far as this one."""
-    logs = [ProgressLog.open(store, lane) for lane in lanes]
-    tokens_a_context = config.harvest.context_length * group.size
-    done = sum(record.contexts for log in logs for record in log.records()) * tokens_a_context
-    with console.progress("harvest", max(total_tokens, done), "tokens", done) as bar:
-        for shard in _pending_shards(config, llm, [log for log in logs if not log.is_finished]):
-            start, end = shard.contexts[0].start, shard.contexts[-1].end
-            write_shard(shard.log, rows(shard.contexts), start, end, shard.last)
-            bar.advance(len(shard.contexts) * tokens_a_context)
-
-
-@dataclass(frozen=True)
-class _PendingShard:
-    """Contexts of the next shard of a lane, before the LLM has seen them."""
-
-    log: ProgressLog
-    contexts: list[Context]
-    last: bool
-    """Whether the lane ends with it."""
-
-
-@dataclass
-class _Lane:
-    """A lane that is being packed."""
-
-    log: ProgressLog
-    packer: Packer
-    waiting: list[Context]
-    """Contexts of the next shard, and of the one after it once that has begun."""
-
-
-def _pending_shards(config: Config, llm: LLM, logs: Sequence[ProgressLog]) -> Iterator[_PendingShard]:
-    """The shards that are missing, as the corpus is read; a shard is given only once it is known whether it is its lane's last."""
-    harvest, num_lanes = config.harvest, config.corpus.num_lanes
-    size, limit = harvest.contexts_per_shard, shards_a_lane(config)
-    lanes = {log.lane: _Lane(log, Packer(llm.tokenizer, harvest.context_length, log.cursor), []) for log in logs}
-    pieces: Iterable[Piece] = ()
-    if lanes:
-        pieces = read_pieces(
-            config.corpus,
-            "training",
-            lambda document, piece: (document + piece) % num_lanes in lanes,
-            first_document=min(log.cursor.document if log.cursor else 0 for log in logs),
-            bookmarks=open_bookmarks(logs[0].store / BOOKMARKS_FILE, config.corpus, "training"),
-        )
-    for piece in pieces:
-        lane = lanes[piece.lane(num_lanes)]
-        lane.waiting += lane.packer.push(piece)
-        while len(lane.waiting) > size or (lane.log.next_index + 1 == limit and len(lane.waiting) == size):
-            last = lane.log.next_index + 1 == limit
-            shard, lane.waiting = lane.waiting[:size], lane.waiting[size:]
-            yield _PendingShard(lane.log, shard, last)
-            if last:
-                del lanes[lane.log.lane]
-                break
-        if not lanes:
-            return
-    for number, lane in lanes.items():
-        remaining = lane.waiting + lane.packer.finish()
-        if not remaining:
-            raise CorpusError(
-                f"lane {number} has no text; lower corpus.num_lanes ({num_lanes}) or corpus.piece_characters, or give more text"
-            )
-        for start in range(0, len(remaining), size):
-            yield _PendingShard(lane.log, remaining[start : start + size], start + size >= len(remaining))
 
 
 def _finish(store: Path, console: Console) -> None:

@@ -17,7 +17,7 @@ from jaxtyping import Float64
 from gsae.errors import StoreError
 from gsae.store.manifest import Manifest, SiteManifest, load
 from gsae.store.progress import ShardRecord, progress_sha256, read_records
-from gsae.store.shards import DTYPES, map_tar, short_name, tar_path
+from gsae.store.shards import map_tar, short_name, tar_path
 from gsae.store.statistics import NORM_BINS_AN_OCTAVE, SiteStatistics, norm_bins
 
 MAX_NORM_ROWS = 2**19
@@ -131,9 +131,9 @@ class _Site:
         if not chosen:
             return
         path = tar_path(self._store, self._site.name, record.lane, record.shard)
-        views = map_tar(path, record.sites[self._site.name].tar, DTYPES[self._manifest.dtype], self._manifest.d_model)
+        views = map_tar(path, record.sites[self._site.name].tar, self._manifest.dtype, self._manifest.d_model)
         for context in chosen:
-            norms = torch.linalg.vector_norm(views[context].float(), dim=1).double().numpy()
+            norms = torch.linalg.vector_norm(views[context].decode().float(), dim=1).double().numpy()
             if not np.isfinite(norms).all():
                 raise StoreError(f"shard {short_name(path)} has values that are NaN or infinite; run gsae verify {self._store} --repair")
             yield norms
@@ -168,6 +168,7 @@ def _site_to_json(site: SiteInspection, num_tokens: int) -> dict[str, Any]:
         "scale": described.scale,
         "median_norm": described.median_norm,
         "max_norm": described.max_norm,
+        "storage_fvu": described.storage_fvu,
         "norm_rows": site.norm_rows,
         "norm_quantiles": site.quantiles,
         "norms": _bins_to_json(site.norms),

@@ -4,10 +4,12 @@ import json
 import sys
 from pathlib import Path
 
+from gsae.errors import StoreError
 from gsae.inspect.measure import inspect_store
 from gsae.inspect.plots import write_plots
 from gsae.inspect.show import show
 from gsae.store.durable import require_writable
+from gsae.store.parts import is_in_parts
 
 
 def run_inspect(store: Path, output: Path, as_json: bool) -> None:
@@ -22,6 +24,8 @@ def run_inspect(store: Path, output: Path, as_json: bool) -> None:
         StoreError: there is no store, or it is not whole or damaged.
         ConfigError: `output` cannot be written.
     """
+    if is_in_parts(store):
+        raise StoreError(f"store {store} is in parts; give one of them that is there, e.g. {store / 'part-0000'}")
     inspection = inspect_store(store)
     require_writable(output, "--output")
     pictures = write_plots(inspection, output)

@@ -30,6 +30,11 @@ def tables(inspection: Inspection) -> list[Table]:
     return [
         Table("rows a lane", ["site", "rows", "least", "mean", "most"], [_lane_cells(site) for site in sites]),
         Table(
+            "what storing costs",
+            ["site", "type", "share of the variance"],
+            [[site.manifest.name, inspection.manifest.dtype, f"{site.manifest.storage_fvu:.2g}"] for site in sites],
+        ),
+        Table(
             "norms of kept rows",
             ["site", "scale", *quantiles, "largest", "calibrated median", "bound", "rows read"],
             [_norm_cells(site) for site in sites],

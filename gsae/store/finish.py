@@ -1,9 +1,10 @@
 """From a harvest's progress logs to a whole store. In: the logs of all lanes, the calibration. Out: the manifest, and warnings."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from gsae.errors import StoreError
 from gsae.llm.site import Site
@@ -28,6 +29,8 @@ from gsae.store.statistics import SiteStatistics, Tally, no_rows
 LARGE_NORM_MULTIPLE = 2
 MAX_LARGE_NORM_FRACTION = 0.1
 """Share of the squared norm that kept rows above LARGE_NORM_MULTIPLE x the median may hold without a warning."""
+MAX_STORAGE_FVU = 0.01
+"""Share of a site's variance that may be lost by storing its rows without a warning."""
 CALIBRATION_FILE = "calibration.json"
 
 
@@ -71,6 +74,17 @@ def finish(store: Path) -> Manifest:
             for record in records:
                 totals[site] += record.sites[site].statistics
         lanes.append(LaneManifest(len(records), progress_sha256(store, lane)))
+    return write_manifest(store, identity, totals, median_norms, lanes)
+
+
+def write_manifest(
+    store: Path,
+    identity: Mapping[str, Any],
+    totals: Mapping[str, SiteStatistics],
+    median_norms: Mapping[str, float],
+    lanes: Sequence[LaneManifest],
+) -> Manifest:
+    """Write the manifest of rows whose statistics at each site are known."""
     sites = {
         name: _describe(Site(name=name, **identity["sites"][name]), total, median_norms[name], identity["outlier_multiple"])
         for name, total in totals.items()
@@ -109,6 +123,11 @@ def warnings(manifest: Manifest) -> list[str]:
                 f"{site.name}: kept rows above {LARGE_NORM_MULTIPLE} x the median norm hold {share:.0%} of the squared norm; "
                 f"a lower harvest.outlier_multiple than {manifest.outlier_multiple:g} would drop more of them"
             )
+        if site.storage_fvu > MAX_STORAGE_FVU:
+            lines.append(
+                f"{site.name}: {site.storage_fvu:.1%} of the variance is lost by storing rows as {manifest.dtype}; "
+                "set harvest.storage_dtype to bfloat16 and harvest into another directory"
+            )
         non_finite = site.dropped.get("non_finite", 0)
         if non_finite:
             lines.append(f"{site.name}: {non_finite} rows were NaN or infinite and were dropped; set llm.dtype to bfloat16 or float32")
@@ -126,6 +145,7 @@ def _describe(site: Site, total: SiteStatistics, median_norm: float, outlier_mul
         scale_unit_mean_square=total.mean_square**-0.5,
         median_norm=median_norm,
         max_norm=outlier_multiple * median_norm,
+        storage_fvu=total.storage_fvu,
         dropped=total.dropped,
         kept_above={multiple: _share(part, total.kept) for multiple, part in total.kept_above.items()},
         candidates_above={multiple: _share(part, total.candidates) for multiple, part in total.candidates_above.items()},

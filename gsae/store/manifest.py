@@ -37,7 +37,7 @@ class Layout:
     num_lanes: int
     context_length: int
     dtype: str
-    """Storage type: `bfloat16`, `float16` or `float32`."""
+    """Storage type: `bfloat16`, `float16`, `float32` or `int8`."""
     outlier_multiple: float
     """Rows whose norm exceeds so many times the site's median norm are dropped."""
 
@@ -69,6 +69,8 @@ class SiteManifest:
     """Of the calibration sample."""
     max_norm: float
     """Rows with a larger norm are dropped: outlier_multiple x median_norm."""
+    storage_fvu: float
+    """Share of the kept rows' variance that is lost by storing them; 0 in stores older than this record."""
     dropped: dict[str, int]
     """Rows dropped, by reason."""
     kept_above: dict[int, Share]
@@ -188,6 +190,7 @@ def site_to_json(site: SiteManifest) -> dict[str, Any]:
     """A site as it stands in manifest.json; the mean as base64 of little-endian float64."""
     return {
         **{name: getattr(site, name) for name in _NUMBERS},
+        "storage_fvu": site.storage_fvu,
         "mean": encode_vector(site.mean),
         "dropped": site.dropped,
         "kept_above": {str(multiple): asdict(share) for multiple, share in site.kept_above.items()},
@@ -202,6 +205,7 @@ def _site_from_json(name: str, place: Mapping[str, Any], value: Mapping[str, Any
         module=place["module"],
         **{number: value[number] for number in _NUMBERS},
         mean=decode_vector(value["mean"]),
+        storage_fvu=value.get("storage_fvu", 0.0),
         dropped=value["dropped"],
         kept_above={int(multiple): Share(**share) for multiple, share in value["kept_above"].items()},
         candidates_above={int(multiple): Share(**share) for multiple, share in value["candidates_above"].items()},

@@ -1,31 +1,24 @@
-"""The progress log of a lane: one line a shard. In: a shard's rows at every site. Out: their tars and the line that makes them exist.
+"""The progress log of a lane: one line a shard. In: the tars of a shard. Out: the line that makes them exist.
 
-A shard exists if its line does. The line is written last, so a killed harvest leaves at most tars without a line, partial tars and
-a half-written line; opening the log for a resumed harvest removes them.
+A shard exists if its line names its tars. The line is written last, so a killed harvest leaves at most tars without a line, partial
+tars and a half-written line; opening the log for a resumed harvest removes them. A line without tars is a *gap*: it says what text the
+shard has to be made of again, so that one broken shard costs one shard.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gsae.corpus.contexts import Cursor
 from gsae.errors import StoreError
 from gsae.store.durable import PARTIAL_SUFFIX, append_line, make_directory, write_aside
-from gsae.store.shards import HARVEST_AGAIN, ContextRows, TarRecord, require_size, tar_path, write_tar
+from gsae.store.shards import HARVEST_AGAIN, TarRecord, require_size, tar_path
 from gsae.store.statistics import SiteStatistics
 
 PROGRESS_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class SiteRows:
-    """What a shard holds at one site."""
-
-    contexts: Sequence[ContextRows]
-    statistics: SiteStatistics
 
 
 @dataclass(frozen=True)
@@ -48,14 +41,20 @@ class ShardRecord:
     end: Cursor
     """The next token of text after it in this lane."""
     last: bool
-    """Whether the lane is complete with it."""
+    """Whether the lane ends with it."""
     sites: dict[str, SiteRecord]
+    """Empty for a gap."""
+
+    @property
+    def is_gap(self) -> bool:
+        """Whether its tars are lost."""
+        return not self.sites
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         sites = {}
         for name, site in self.sites.items():
-            sites[name] = {"rows": site.tar.rows, **asdict(site.tar), "statistics": site.statistics.to_json()}
+            sites[name] = {"rows": site.tar.rows, **site.tar.to_json(), "statistics": site.statistics.to_json()}
         start, end = ([cursor.document, cursor.piece, cursor.token] for cursor in (self.start, self.end))
         own = {"format": PROGRESS_FORMAT, "lane": self.lane, "shard": self.shard, "contexts": self.contexts}
         return {**own, "start": start, "end": end, "last": self.last, "sites": sites}
@@ -65,7 +64,7 @@ class ShardRecord:
         """The record that `to_json` wrote."""
         sites = {
             name: SiteRecord(
-                TarRecord(site["bytes"], site["sha256"], tuple(site["offsets"]), tuple(site["context_rows"])),
+                TarRecord.from_json(site),
                 SiteStatistics.from_json(site["statistics"]),
             )
             for name, site in value["sites"].items()
@@ -79,7 +78,7 @@ def progress_path(store: Path, lane: int) -> Path:
 
 
 def read_records(store: Path, lane: int) -> list[ShardRecord]:
-    """The finished shards of a lane, in order; a half-written last line does not count.
+    """The shards of a lane, in order, gaps included; a half-written last line does not count.
 
     Raises:
         StoreError: a line is damaged, or of another format.
@@ -122,14 +121,16 @@ def _parse(path: Path, lines: Sequence[bytes], lane: int) -> list[ShardRecord]:
 
 
 def is_complete(records: Sequence[ShardRecord]) -> bool:
-    """Whether a lane is harvested to its end."""
-    return bool(records) and records[-1].last
+    """Whether a lane is harvested to its end, without a gap."""
+    return bool(records) and records[-1].last and not any(record.is_gap for record in records)
 
 
 def require_complete(store: Path, lane: int, records: Sequence[ShardRecord]) -> None:
     """Raise StoreError unless a lane is harvested to its end."""
     if not is_complete(records):
-        raise StoreError(f"store {store} is not whole: lane {lane} ends after {len(records)} shards; {HARVEST_AGAIN}")
+        gaps = [record.shard for record in records if record.is_gap]
+        what = f"lacks shard {gaps[0]}" if gaps else f"ends after {len(records)} shards"
+        raise StoreError(f"store {store} is not whole: lane {lane} {what}; {HARVEST_AGAIN}")
 
 
 def require_rows(site: str, lane: int, num_lanes: int, rows: int) -> None:
@@ -154,7 +155,7 @@ def progress_sha256(store: Path, lane: int) -> str:
 
 
 class ProgressLog:
-    """One lane's log, open for a harvest to continue: `open` it, then call `write_shard` until the lane is finished."""
+    """One lane's log, open for a harvest to continue: `open` it, then `add` the shards that are missing."""
 
     def __init__(self, store: Path, lane: int, records: Sequence[ShardRecord]) -> None:
         self.store = store
@@ -163,69 +164,99 @@ class ProgressLog:
 
     @classmethod
     def open(cls, store: Path, lane: int) -> "ProgressLog":
-        """The log of a lane, with what a killed harvest left behind removed.
-
-        It ends before the first shard of which a tar is missing or cut off at any site: that one and those after it are harvested again.
-        """
+        """The log of a lane, with what a killed harvest left behind removed; a shard of which a tar is missing or cut off is a gap."""
         path = progress_path(store, lane)
         make_directory(path.parent)
         content = path.read_bytes() if path.exists() else b""
         lines = _whole_lines(content)
-        records = _parse(path, lines, lane)
-        num_whole = next((record.shard for record in records if not has_tars(store, record)), len(records))
-        kept = b"".join(line + b"\n" for line in lines[:num_whole])
-        if kept != content:
-            with write_aside(path) as file:
-                file.write(kept)
+        records = [record if has_tars(store, record) else as_gap(record) for record in _parse(path, lines, lane)]
+        log = cls(store, lane, records)
+        if content != b"".join(line + b"\n" for line in lines) or any(record.is_gap for record in records):
+            log._write_anew()
         path.with_name(path.name + PARTIAL_SUFFIX).unlink(missing_ok=True)
+        whole = {record.shard for record in records if not record.is_gap}
         for tar in store.glob(f"*/{lane:04d}-*.tar*"):
-            if tar.suffix != ".tar" or int(tar.stem.rpartition("-")[2]) >= num_whole:
+            if tar.suffix != ".tar" or int(tar.stem.rpartition("-")[2]) not in whole:
                 tar.unlink()
-        return cls(store, lane, records[:num_whole])
+        return log
 
     def records(self) -> tuple[ShardRecord, ...]:
-        """The finished shards, in order."""
+        """The shards, in order, gaps included."""
         return tuple(self._records)
 
     @property
+    def gaps(self) -> tuple[ShardRecord, ...]:
+        """The shards that are lost."""
+        return tuple(record for record in self._records if record.is_gap)
+
+    @property
     def next_index(self) -> int:
-        """Index of the next shard."""
+        """Index of the shard after all of these."""
         return len(self._records)
 
     @property
     def cursor(self) -> Cursor | None:
-        """Where the next shard starts in the corpus; None at the start of the lane."""
+        """Where that shard starts in the corpus; None at the start of the lane."""
         return self._records[-1].end if self._records else None
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether no shard comes after these."""
+        return bool(self._records) and self._records[-1].last
 
     @property
     def is_finished(self) -> bool:
         """Whether the lane is complete."""
         return is_complete(self._records)
 
-    def append(self, record: ShardRecord) -> None:
-        """Make a shard exist: its tars are in place at all sites."""
-        append_line(progress_path(self.store, self.lane), json.dumps(record.to_json(), allow_nan=False))
-        self._records.append(record)
+    def add(self, record: ShardRecord) -> None:
+        """Make a shard exist: its tars are in place at all sites. It is the next one, or fills a gap.
+
+        Raises:
+            StoreError: a gap is filled with other text than it had.
+        """
+        if record.shard == self.next_index:
+            append_line(progress_path(self.store, self.lane), _line_of(record))
+            self._records.append(record)
+            return
+        gap = self._records[record.shard]
+        if not gap.is_gap or as_gap(record) != gap:
+            raise StoreError(
+                f"shard {self.lane:04d}-{record.shard:06d} of {self.store} was made of other text before; "
+                "give harvest.store another directory, or restore the text"
+            )
+        self._records[record.shard] = record
+        self._write_anew()
+
+    def _write_anew(self) -> None:
+        with write_aside(progress_path(self.store, self.lane)) as file:
+            file.write("".join(f"{_line_of(record)}\n" for record in self._records).encode())
 
 
-def write_shard(log: ProgressLog, sites: Mapping[str, SiteRows], start: Cursor, end: Cursor, last: bool) -> ShardRecord:
-    """Write the next shard of a lane: the tars of all sites, then its line in the log.
+def cut_log(store: Path, lane: int, keep: int | None, lost: Collection[int]) -> list[int]:
+    """Leave the log of a lane its first `keep` lines (None leaves all), those of the `lost` shards as gaps; nothing is read beyond them.
 
-    Args:
-        log: the lane's log; the shard gets its next index.
-        sites: the rows at every site; all sites have the same contexts, in the same order.
-        start: the first token of text in the shard.
-        end: the next token of text after it in this lane.
-        last: whether the lane is complete with it; a lane may end with a shard without contexts.
+    Returns:
+        The shards whose lines changed or went.
+
+    Raises:
+        StoreError: a line that is to stay is damaged.
     """
-    (contexts,) = {len(rows.contexts) for rows in sites.values()}
-    written = {}
-    for name, rows in sites.items():
-        num_rows = sum(len(context.x) for context in rows.contexts)
-        if num_rows != rows.statistics.kept.rows:
-            raise ValueError(f"{name}: {num_rows} rows to store, but statistics of {rows.statistics.kept.rows}")
-        tar = write_tar(tar_path(log.store, name, log.lane, log.next_index), log.lane, log.next_index, rows.contexts)
-        written[name] = SiteRecord(tar, rows.statistics)
-    record = ShardRecord(log.lane, log.next_index, contexts, start, end, last, written)
-    log.append(record)
-    return record
+    path = progress_path(store, lane)
+    lines = _whole_lines(path.read_bytes()) if path.exists() else []
+    kept = _parse(path, lines[:keep], lane)
+    changed = [record.shard for record in kept if record.shard in lost and not record.is_gap] + list(range(len(kept), len(lines)))
+    if not changed:
+        return []
+    with write_aside(path) as file:
+        file.write("".join(f"{_line_of(as_gap(record) if record.shard in lost else record)}\n" for record in kept).encode())
+    return changed
+
+
+def as_gap(record: ShardRecord) -> ShardRecord:
+    """The shard without its tars."""
+    return replace(record, sites={})
+
+
+def _line_of(record: ShardRecord) -> str:
+    return json.dumps(record.to_json(), allow_nan=False)

@@ -4,28 +4,28 @@ The manifest goes last. Until then no reader takes the store for whole, since a 
 repair that was killed goes on when it is run again, to the same end. Nothing else may write to the store at that time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from gsae.store.durable import fsync_directory, write_aside
+from gsae.store.durable import fsync_directory
 from gsae.store.manifest import MANIFEST_FILE
-from gsae.store.progress import progress_path
+from gsae.store.progress import cut_log
 from gsae.store.verify import Finding
 
 
 def repair(store: Path, findings: Sequence[Finding]) -> list[str]:
-    """Remove what the findings name: of a lane, the first broken shard and those after it, at every site.
+    """Remove what the findings name: broken shards at every site, and of a lane whose log is doubtful what the doubt is about.
 
-    A lane's log is cut there because a lane is harvested from where its log ends; shards before it and other lanes stay as they are.
+    The line of a broken shard stays as a gap, which says what text to make it of again; other shards stay as they are.
 
     Returns:
         What was removed, a line each.
     """
-    first_broken: dict[int, int] = {}
-    for finding in findings:
-        if finding.lane is not None:
-            first_broken[finding.lane] = min(finding.shard, first_broken.get(finding.lane, finding.shard))
-    removed = [line for lane, shard in sorted(first_broken.items()) for line in _cut_lane(store, lane, shard)]
+    removed = []
+    for lane in sorted({finding.lane for finding in findings if finding.lane is not None}):
+        of_lane = [finding for finding in findings if finding.lane == lane]
+        keep = min((finding.shard for finding in of_lane if finding.and_later), default=None)
+        removed += _clear_lane(store, lane, keep, {finding.shard for finding in of_lane if not finding.and_later})
     manifest = store / MANIFEST_FILE
     files = {finding.file for finding in findings if finding.file is not None} - {manifest}
     if any(finding.cure == "harvest" for finding in findings):
@@ -37,21 +37,19 @@ def repair(store: Path, findings: Sequence[Finding]) -> list[str]:
     return removed
 
 
-def _cut_lane(store: Path, lane: int, keep: int) -> list[str]:
-    """Leave a lane its first `keep` shards: the log first, since a shard exists if its line does."""
-    log = progress_path(store, lane)
-    lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
-    if keep == 0 and lines:
-        _remove(log)
-    elif len(lines) > keep:
-        with write_aside(log) as file:
-            file.write(b"".join(lines[:keep]))
-    tars = [path for path in sorted(store.glob(f"*/{lane:04d}-*.tar")) if int(path.stem.rpartition("-")[2]) >= keep]
-    for tar in tars:
-        _remove(tar)
-    if not tars and len(lines) <= keep:
-        return []
-    return [f"removed shards {keep} and later of lane {lane}: {len(tars)} tars, {max(0, len(lines) - keep)} lines of its log"]
+def _clear_lane(store: Path, lane: int, keep: int | None, lost: Collection[int]) -> list[str]:
+    """Take shards out of a lane: the log first, since a shard exists if its line names its tars."""
+    changed = cut_log(store, lane, keep, lost)
+    gone: dict[int, int] = {}
+    for tar in sorted(store.glob(f"*/{lane:04d}-*.tar")):
+        shard = int(tar.stem.rpartition("-")[2])
+        if shard in lost or (keep is not None and shard >= keep):
+            _remove(tar)
+            gone[shard] = gone.get(shard, 0) + 1
+    return [
+        f"removed shard {shard} of lane {lane}: {gone.get(shard, 0)} tars{', its line is a gap' if shard in lost else ''}"
+        for shard in sorted({*gone, *changed})
+    ]
 
 
 def _remove(path: Path) -> None:

@@ -1,6 +1,6 @@
 """The shard format: one tar of one lane's activations at one site. In: the kept rows of some contexts. Out: the tar, and views into it.
 
-A context is a pair of members, `<key>.json` and `<key>.rows.safetensors` (x, token, position, document), key
+A context is a pair of members, `<key>.json` and `<key>.rows.safetensors` (x, token, position, document, of int8 rows row_scale), key
 `<lane>-<shard>-<context>`: what any WebDataset client reads as one sample. Equal rows make equal bytes.
 """
 
@@ -8,32 +8,32 @@ import hashlib
 import json
 import mmap
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from webdataset.writer import TarWriter
 
 from gsae.errors import StoreError
 from gsae.store.durable import write_aside
+from gsae.store.encoding import STORAGE_TYPES, Encoded
 
 HARVEST_AGAIN = "run gsae harvest again with the same config to rebuild it"
 """The cure for most of what can be wrong with a store."""
 ROWS_MEMBER = "rows.safetensors"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-"""The storage types, by the names that config and manifest use."""
 
 
 @dataclass(frozen=True)
 class ContextRows:
     """The kept rows of one context at one site."""
 
-    x: Float[Tensor, "rows d_model"]
+    x: Shaped[Tensor, "rows d_model"]
     """Activations, in the storage type."""
     token: Int[Tensor, " rows"]
     """Token ids."""
@@ -41,11 +41,20 @@ class ContextRows:
     """Positions in their segment."""
     document: Int[Tensor, " rows"]
     """Index of the document, among those of the training split."""
+    row_scale: Float[Tensor, " rows"] | None = None
+    """Float32, of int8 rows only: the activations are x |x| row_scale."""
 
     def __post_init__(self) -> None:
         lengths = [len(self.x), len(self.token), len(self.position), len(self.document)]
         if len(set(lengths)) != 1:
             raise ValueError(f"x, token, position, document have {lengths} rows; give them as many")
+        if (None if self.row_scale is None else len(self.row_scale)) != (len(self.x) if self.x.dtype == torch.int8 else None):
+            raise ValueError("row_scale is for int8 rows, one number a row")
+
+    @property
+    def encoded(self) -> Encoded:
+        """The activations as they are stored."""
+        return Encoded(self.x, self.row_scale)
 
 
 @dataclass(frozen=True)
@@ -58,11 +67,25 @@ class TarRecord:
     """Where each context's x begins, in bytes from the start of the tar."""
     context_rows: tuple[int, ...]
     """Rows of each context."""
+    scale_offsets: tuple[int, ...] = ()
+    """Where each context's row_scale begins; empty unless the rows are int8."""
 
     @property
     def rows(self) -> int:
         """Rows of the shard."""
         return sum(self.context_rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values; without `scale_offsets` where there are none."""
+        scales = {"scale_offsets": list(self.scale_offsets)} if self.scale_offsets else {}
+        rows = {"offsets": list(self.offsets), "context_rows": list(self.context_rows)}
+        return {"bytes": self.bytes, "sha256": self.sha256, **rows, **scales}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "TarRecord":
+        """The record that `to_json` wrote; other keys are let be."""
+        scale_offsets = tuple(value.get("scale_offsets", ()))
+        return cls(value["bytes"], value["sha256"], tuple(value["offsets"]), tuple(value["context_rows"]), scale_offsets)
 
 
 @dataclass(frozen=True)
@@ -100,45 +123,89 @@ class _HashingFile:
         return self._hash.hexdigest()
 
 
-def write_tar(path: Path, lane: int, shard: int, contexts: Sequence[ContextRows]) -> TarRecord:
-    """Write one shard of one site, whole or not at all."""
-    x_offsets = []
+class TarWriting:
+    """A tar in the making: `add` its contexts in order; `record` is there once the block of `open_tar` has ended."""
+
+    def __init__(self, writer: TarWriter, lane: int, shard: int) -> None:
+        self._writer = writer
+        self._lane = lane
+        self._shard = shard
+        self._context_rows: list[int] = []
+        self._inside: list[dict[str, int]] = []
+        self._record: TarRecord | None = None
+
+    def add(self, context: ContextRows) -> None:
+        """Write the next context."""
+        payload, index = _pack(context), len(self._context_rows)
+        described = {"context": index, "lane": self._lane, "rows": len(context.x), "shard": self._shard}
+        key = context_key(self._lane, self._shard, index)
+        self._writer.write({"__key__": key, "json": json.dumps(described).encode(), ROWS_MEMBER: payload})
+        self._context_rows.append(len(context.x))
+        self._inside.append(_tensor_offsets(payload))
+
+    @property
+    def record(self) -> TarRecord:
+        """What the progress log says of the tar.
+
+        Raises:
+            ValueError: the tar is still being written.
+        """
+        if self._record is None:
+            raise ValueError("the tar is not whole before the end of its block")
+        return self._record
+
+    def close(self, path: Path, size: int, sha256: str) -> None:
+        """Note where the rows are in the finished file."""
+        with tarfile.open(path) as written:
+            members = [member.offset_data for member in written if member.name.endswith(ROWS_MEMBER)]
+        offsets = {
+            name: tuple(member + inside[name] for member, inside in zip(members, self._inside, strict=True) if name in inside)
+            for name in ("x", "row_scale")
+        }
+        self._record = TarRecord(size, sha256, offsets["x"], tuple(self._context_rows), offsets["row_scale"])
+
+
+@contextmanager
+def open_tar(path: Path, lane: int, shard: int) -> Iterator[TarWriting]:
+    """One shard of one site to write, context by context, whole or not at all: when the block raises, there is no file."""
     with write_aside(path) as file:
         tar = _HashingFile(file)
         with TarWriter(tar, user="", group="", mtime=0) as writer:
-            for index, context in enumerate(contexts):
-                payload = _pack(context)
-                described = {"context": index, "lane": lane, "rows": len(context.x), "shard": shard}
-                key = context_key(lane, shard, index)
-                writer.write({"__key__": key, "json": json.dumps(described).encode(), ROWS_MEMBER: payload})
-                x_offsets.append(_x_offset(payload))
-    with tarfile.open(path) as written:
-        members = [member for member in written if member.name.endswith(ROWS_MEMBER)]
-    offsets = tuple(member.offset_data + inside for member, inside in zip(members, x_offsets, strict=True))
-    return TarRecord(tar.bytes, tar.sha256(), offsets, tuple(len(context.x) for context in contexts))
+            writing = TarWriting(writer, lane, shard)
+            yield writing
+    writing.close(path, tar.bytes, tar.sha256())
+
+
+def write_tar(path: Path, lane: int, shard: int, contexts: Iterable[ContextRows]) -> TarRecord:
+    """Write one shard of one site, whole or not at all."""
+    with open_tar(path, lane, shard) as tar:
+        for context in contexts:
+            tar.add(context)
+    return tar.record
 
 
 def _pack(context: ContextRows) -> bytes:
     # safetensors refuses tensors that share memory, so each is a copy.
     integers = {name: getattr(context, name).to("cpu", torch.int32, copy=True) for name in ("token", "position", "document")}
-    packed: bytes = safetensors.torch.save({"x": context.x.detach().cpu().contiguous(), **integers})
+    scale = {} if context.row_scale is None else {"row_scale": context.row_scale.to("cpu", torch.float32, copy=True)}
+    packed: bytes = safetensors.torch.save({"x": context.x.detach().cpu().contiguous(), **integers, **scale})
     return packed
 
 
-def _x_offset(payload: bytes) -> int:
-    """Where x begins in a safetensors file: 8 bytes with the header's length, the header, then the tensors at the offsets it gives."""
+def _tensor_offsets(payload: bytes) -> dict[str, int]:
+    """Where each tensor of a safetensors file begins: 8 bytes with the header's length, the header, then the tensors at its offsets."""
     header_bytes = int.from_bytes(payload[:8], "little")
-    begin: int = json.loads(payload[8 : 8 + header_bytes])["x"]["data_offsets"][0]
-    return 8 + header_bytes + begin
+    header = json.loads(payload[8 : 8 + header_bytes])
+    return {name: 8 + header_bytes + tensor["data_offsets"][0] for name, tensor in header.items()}
 
 
-def map_tar(path: Path, record: TarRecord, dtype: torch.dtype, d_model: int, verify: bool = False) -> list[Float[Tensor, "rows d_model"]]:
-    """The x of each context, as views of the mapped file; writing to them does not change the file.
+def map_tar(path: Path, record: TarRecord, storage: str, d_model: int, verify: bool = False) -> list[Encoded]:
+    """The rows of each context, as views of the mapped file; writing to them does not change the file.
 
     Args:
         path: the tar.
         record: what the progress log says of it.
-        dtype: storage type.
+        storage: name of the storage type.
         d_model: width of a row.
         verify: whether to read all of it now and compare its SHA-256.
 
@@ -150,11 +217,19 @@ def map_tar(path: Path, record: TarRecord, dtype: torch.dtype, d_model: int, ver
         mapped = mmap.mmap(file.fileno(), record.bytes, access=mmap.ACCESS_COPY)
     if verify and hashlib.sha256(mapped).hexdigest() != record.sha256:
         raise StoreError(f"shard {short_name(path)}: its SHA-256 differs from the progress log's; delete it and {HARVEST_AGAIN}")
-    views = []
-    for rows, offset in zip(record.context_rows, record.offsets, strict=True):
-        flat = torch.frombuffer(mapped, dtype=dtype, count=rows * d_model, offset=offset) if rows else torch.empty(0, dtype=dtype)
-        views.append(flat.view(rows, d_model))
-    return views
+    views = [
+        _view(mapped, STORAGE_TYPES[storage], offset, rows * d_model).view(rows, d_model)
+        for rows, offset in zip(record.context_rows, record.offsets, strict=True)
+    ]
+    if storage != "int8":
+        return [Encoded(x) for x in views]
+    scales = [_view(mapped, torch.float32, offset, rows) for rows, offset in zip(record.context_rows, record.scale_offsets, strict=True)]
+    return [Encoded(x, scale) for x, scale in zip(views, scales, strict=True)]
+
+
+def _view(mapped: mmap.mmap, dtype: torch.dtype, offset: int, count: int) -> Shaped[Tensor, " count"]:
+    # frombuffer refuses to make a view of nothing.
+    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset) if count else torch.empty(0, dtype=dtype)
 
 
 def require_size(path: Path, record: TarRecord) -> None:

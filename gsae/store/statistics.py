@@ -1,18 +1,18 @@
-"""Sums over rows of a site. In: candidate rows, batch by batch. Out: what the manifest says of the site's mean, scale and norms.
+"""Sums over rows of a site. In: rows, batch by batch. Out: what the manifest says of the site's mean, scale and norms.
 
-All sums are float64 and added in a fixed order, so they depend neither on the ranks nor on the number of threads.
+`measure_rows` takes what needs the vectors, on their device and without waiting for it; `site_statistics` counts the rest on the CPU. All
+sums are float64 and added in a fixed order, so they depend neither on the ranks nor on the number of threads.
 """
 
 import base64
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 NORM_MULTIPLES = (2, 3, 5, 10)
@@ -68,6 +68,8 @@ class SiteStatistics:
     """Rows that are not kept, by reason."""
     dropped_rows: dict[str, DroppedRows] = field(default_factory=dict)
     """What they were, by reason; empty in stores older than this record."""
+    squared_error: float = 0.0
+    """Sum of |x - stored x|^2 over kept rows, x as the LLM gave it; 0 in stores older than this record."""
 
     def __add__(self, other: "SiteStatistics") -> "SiteStatistics":
         return SiteStatistics(
@@ -81,6 +83,7 @@ class SiteStatistics:
                 reason: self.dropped_rows.get(reason, _NO_DROPPED_ROWS) + other.dropped_rows.get(reason, _NO_DROPPED_ROWS)
                 for reason in sorted({*self.dropped_rows, *other.dropped_rows})
             },
+            self.squared_error + other.squared_error,
         )
 
     @property
@@ -98,6 +101,11 @@ class SiteStatistics:
         """E|x - mean|^2 = E|x|^2 - |mean|^2 over kept rows, summed over d_model."""
         return self.mean_square - float(self.mean.square().sum())
 
+    @property
+    def storage_fvu(self) -> float:
+        """Share of the kept rows' variance that is lost by storing them."""
+        return self.squared_error / (self.kept.rows * self.variance)
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values; the sum as base64 of little-endian float64."""
         return {
@@ -111,6 +119,7 @@ class SiteStatistics:
                 reason: {"tokens": rows.tokens, "norms": {str(number): count for number, count in rows.norms.items()}}
                 for reason, rows in self.dropped_rows.items()
             },
+            "squared_error": self.squared_error,
         }
 
     @classmethod
@@ -127,6 +136,7 @@ class SiteStatistics:
                 reason: DroppedRows(dict(rows["tokens"]), {int(number): count for number, count in rows["norms"].items()})
                 for reason, rows in value.get("dropped_rows", {}).items()
             },
+            value.get("squared_error", 0.0),
         )
 
 
@@ -137,36 +147,79 @@ def no_rows(d_model: int) -> SiteStatistics:
     return SiteStatistics(torch.zeros(d_model, dtype=torch.float64), nothing, nothing, above, above, {})
 
 
-def site_statistics(
-    x: Float[Tensor, "candidates d_model"],
-    kept: Bool[Tensor, " candidates"],
-    median_norm: float,
-    dropped: Mapping[str, int],
-) -> SiteStatistics:
-    """The statistics of a batch of rows.
+@dataclass(frozen=True, eq=False)
+class RowMeasures:
+    """What site_statistics must know of some rows beside which of them are kept; float64, on one device."""
+
+    sum: Float64[Tensor, " d_model"]
+    """Sum of x over kept rows."""
+    squared_norms: Float64[Tensor, "contexts length"]
+    """|x|^2 of every row."""
+    squared_errors: Float64[Tensor, "contexts length"]
+    """|original - x|^2 of every row; 0 where no original was given."""
+
+
+def measure_rows(
+    x: Float[Tensor, "contexts length d_model"],
+    kept: Bool[Tensor, "contexts length"],
+    original: Float[Tensor, "contexts length d_model"] | None = None,
+) -> RowMeasures:
+    """Measure a batch of rows on their device. Nothing here waits for it, and float64 copies are of one context at a time.
 
     Args:
-        x: the candidate rows, converted to the storage type, so that the statistics are those of what is stored; on any device.
-        kept: which of them are kept; a row that is not finite is never kept.
-        median_norm: the site's median norm, from the calibration sample.
-        dropped: rows that were no candidates, by reason. Added here: `outlier`, and `non_finite` for NaN or infinite rows, which
-            count neither as candidates nor as outliers.
+        x: all rows as a reader of the store gets them (`Encoded.decode`), so that the statistics are those of what is stored.
+        kept: which of them are kept; values of the others may be anything.
+        original: the rows as the LLM gave them, where the error of storing is wanted.
     """
-    x64 = x.to(torch.float64)
-    squared_norms = x64.square().sum(dim=1).cpu().numpy()
-    is_kept = kept.cpu().numpy()
-    is_candidate = np.isfinite(squared_norms)
+    sums, squared_norms, squared_errors = [], [], []
+    for context in range(len(x)):
+        x64 = x[context].double()
+        squared_norms.append(x64.square().sum(dim=-1))
+        sums.append(torch.where(kept[context, :, None], x64, 0.0).sum(dim=0))
+        if original is not None:
+            squared_errors.append((original[context].double() - x64).square().sum(dim=-1))
+    norms = torch.stack(squared_norms)
+    return RowMeasures(torch.stack(sums).sum(dim=0), norms, torch.stack(squared_errors) if squared_errors else torch.zeros_like(norms))
+
+
+def site_statistics(
+    measures: RowMeasures,
+    kept: Bool[Tensor, "contexts length"],
+    candidates: Bool[Tensor, "contexts length"],
+    dropped: Mapping[str, Bool[Tensor, "contexts length"]],
+    tokens: Int[Tensor, "contexts length"],
+    spell: Callable[[list[int]], Iterable[str]],
+    median_norm: float,
+) -> SiteStatistics:
+    """The statistics of a batch of rows. All tensors are on the CPU.
+
+    Args:
+        measures: from `measure_rows`.
+        kept: which rows are kept; all of them are candidates, and finite.
+        candidates: rows that are kept unless their norm is too large or they are not finite.
+        dropped: rows that are no candidates, by reason; rows in none (padding) do not count. Added here: `outlier`, and `non_finite` for
+            NaN or infinite rows, which count neither as candidates nor as outliers.
+        tokens: the token of every row.
+        spell: how the tokenizer spells tokens.
+        median_norm: the site's median norm, from the calibration sample.
+    """
+    squared_norms, is_kept, may_be_kept = measures.squared_norms.numpy(), kept.numpy(), candidates.numpy()
+    is_finite = np.isfinite(squared_norms)
+    is_candidate = may_be_kept & is_finite
     if np.any(is_kept & ~is_candidate):
-        raise ValueError("a row that is NaN or infinite is marked as kept")
-    bounds = {multiple: (multiple * median_norm) ** 2 for multiple in NORM_MULTIPLES}
-    counts = {**dropped, "outlier": int(np.sum(is_candidate & ~is_kept)), "non_finite": int(np.sum(~is_candidate))}
+        raise ValueError("a row that is no candidate, NaN or infinite is marked as kept")
+    out = {reason: mask.numpy() for reason, mask in dropped.items()}
+    out |= {"outlier": is_candidate & ~is_kept, "non_finite": may_be_kept & ~is_finite}
+    above = {multiple: squared_norms > (multiple * median_norm) ** 2 for multiple in NORM_MULTIPLES}
     return SiteStatistics(
-        x64[kept].sum(dim=0).cpu(),
+        measures.sum,
         _tally(squared_norms, is_kept),
         _tally(squared_norms, is_candidate),
-        {multiple: _tally(squared_norms, is_kept & (squared_norms > bound)) for multiple, bound in bounds.items()},
-        {multiple: _tally(squared_norms, is_candidate & (squared_norms > bound)) for multiple, bound in bounds.items()},
-        counts,
+        {multiple: _tally(squared_norms, is_kept & is_above) for multiple, is_above in above.items()},
+        {multiple: _tally(squared_norms, is_candidate & is_above) for multiple, is_above in above.items()},
+        {reason: int(np.sum(mask)) for reason, mask in out.items()},
+        {reason: _dropped_rows(squared_norms[mask], tokens.numpy()[mask], spell, median_norm) for reason, mask in out.items()},
+        float(np.sum(measures.squared_errors.numpy()[is_kept])),
     )
 
 
@@ -178,17 +231,24 @@ def norm_bins(norms: Float[np.ndarray, " rows"], median_norm: float) -> Int[np.n
     return bins
 
 
-def dropped_rows(x: Float[Tensor, "rows d_model"], tokens: Sequence[str], median_norm: float) -> DroppedRows:
-    """What the rows are that one reason keeps out.
+def _dropped_rows(
+    squared_norms: Float64[np.ndarray, " rows"],
+    tokens: Int[np.ndarray, " rows"],
+    spell: Callable[[list[int]], Iterable[str]],
+    median_norm: float,
+) -> DroppedRows:
+    bins = _counts(norm_bins(np.sqrt(squared_norms[np.isfinite(squared_norms)]), median_norm))
+    ids = _counts(tokens)
+    spelled: dict[str, int] = {}
+    for token, count in zip(spell(list(ids)), ids.values(), strict=True):
+        spelled[token] = spelled.get(token, 0) + count
+    return DroppedRows(dict(sorted(spelled.items())), bins)
 
-    Args:
-        x: the rows, converted to the storage type; on any device.
-        tokens: the token of each, as the tokenizer spells it.
-        median_norm: the site's median norm, from the calibration sample.
-    """
-    norms = x.to(torch.float64).square().sum(dim=1).sqrt().cpu().numpy()
-    bins: list[int] = norm_bins(norms[np.isfinite(norms)], median_norm).tolist()
-    return DroppedRows(_add_counts({}, Counter(tokens)), _add_counts({}, Counter(bins)))
+
+def _counts(values: Int[np.ndarray, " rows"]) -> dict[int, int]:
+    """How often each value occurs, in their order."""
+    distinct, counts = np.unique(values, return_counts=True)
+    return dict(zip(distinct.tolist(), counts.tolist(), strict=True))
 
 
 def merge(parts: Iterable[SiteStatistics]) -> SiteStatistics:

@@ -12,13 +12,14 @@ from types import TracebackType
 from typing import Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from gsae.errors import ConfigError, StoreError
+from gsae.store.encoding import Encoded
 from gsae.store.manifest import Manifest, load
 from gsae.store.progress import progress_sha256, read_records, require_complete, require_rows
-from gsae.store.shards import DTYPES, TarRecord, read_tar, tar_path
+from gsae.store.shards import TarRecord, read_tar, tar_path
 from gsae.store.windows import LaneReader, Place, Window
 
 
@@ -26,12 +27,18 @@ from gsae.store.windows import LaneReader, Place, Window
 class Batch:
     """A rank's part of a batch: as many rows of each of its lanes, one lane after another."""
 
-    x: Float[Tensor, "local_rows d_model"]
-    """Activations in the storage type, on the CPU."""
+    x: Shaped[Tensor, "local_rows d_model"]
+    """Activations in the storage type, on the CPU; `decode` gives their values."""
     lane: Int[Tensor, " local_rows"]
     """The lane of each row."""
     row: Int[Tensor, " local_rows"]
     """The ordinal of each row in its lane; with the lane it names the row (see `provenance`)."""
+    row_scale: Float[Tensor, " local_rows"] | None = None
+    """Of int8 rows, on the CPU."""
+
+    def decode(self, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "local_rows d_model"]:
+        """The activations on a device, in the type of training; they travel there as they are stored."""
+        return Encoded(self.x, self.row_scale).decode(device, dtype)
 
 
 class _LaneQueue:
@@ -48,13 +55,13 @@ class _LaneQueue:
         """Begin to load the window after the current one."""
         self._next = self._submit(self._reader.place_after(self._place))
 
-    def take(self, x: Float[Tensor, "rows d_model"], row: Int[Tensor, " rows"]) -> None:
-        """Fill `x` and `row` with the next rows."""
+    def take(self, rows: Encoded, row: Int[Tensor, " rows"]) -> None:
+        """Fill `rows` and `row`, their ordinals, with the next ones."""
         filled = 0
         while filled < len(row):
             window = self._current.result()
             chosen = window.order[self._place.offset : self._place.offset + len(row) - filled]
-            torch.index_select(window.x, 0, chosen, out=x[filled : filled + len(chosen)])
+            rows[filled : filled + len(chosen)].take_(window.rows, chosen)
             torch.index_select(window.row, 0, chosen, out=row[filled : filled + len(chosen)])
             filled += len(chosen)
             self._place = Place(self._place.epoch, self._place.window, self._place.offset + len(chosen))
@@ -105,14 +112,14 @@ class Stream:
         self._num_lanes = manifest.num_lanes
         self._lane_rows = batch_rows // manifest.num_lanes
         self._d_model = manifest.d_model
-        self._dtype = DTYPES[manifest.dtype]
+        self._storage = manifest.dtype
         self._readers = [
             LaneReader(
                 store,
                 site,
                 lane,
                 _tars_of_lane(store, manifest, site, lane),
-                dtype=self._dtype,
+                storage=manifest.dtype,
                 d_model=manifest.d_model,
                 window_rows=window_rows // manifest.num_lanes,
                 seed=seed,
@@ -147,13 +154,13 @@ class Stream:
             for queue in self._queues:
                 queue.load_next()
         local_rows = self._lane_rows * len(self._lanes)
-        x = torch.empty(local_rows, self._d_model, dtype=self._dtype)
+        rows = Encoded.empty(local_rows, self._d_model, self._storage)
         row = torch.empty(local_rows, dtype=torch.int64)
         for index, queue in enumerate(self._queues):
             its_rows = slice(index * self._lane_rows, (index + 1) * self._lane_rows)
-            queue.take(x[its_rows], row[its_rows])
+            queue.take(rows[its_rows], row[its_rows])
         self._rows_taken += self._lane_rows * self._num_lanes
-        return Batch(x, torch.tensor(self._lanes).repeat_interleave(self._lane_rows), row)
+        return Batch(rows.x, torch.tensor(self._lanes).repeat_interleave(self._lane_rows), row, rows.row_scale)
 
     def close(self) -> None:
         """Stop loading. The stream cannot be used afterwards."""

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError
-from torch import Tensor
 
 from gsae.errors import StoreError
 from gsae.store.durable import PARTIAL_SUFFIX
+from gsae.store.encoding import Encoded
 from gsae.store.finish import CALIBRATION_FILE, read_calibration
 from gsae.store.manifest import IDENTITY_FILE, MANIFEST_FILE, fingerprint, identity_differences, read_identity, read_json
 from gsae.store.progress import ShardRecord, is_complete, progress_path, progress_sha256, read_records
-from gsae.store.shards import DTYPES, HARVEST_AGAIN, context_key, map_tar, read_tar, short_name, tar_path
+from gsae.store.shards import HARVEST_AGAIN, context_key, map_tar, read_tar, short_name, tar_path
 
 _TOLERANCE = 1e-9
 """Of sums over a shard in float64, relative: another order of summing is within it, other rows are not."""
@@ -34,9 +33,11 @@ class Finding:
     """`harvest`: a harvest with the same config makes it anew, once `lane` and `file` are out of its way; `delete`: the store is whole
     without `file`; `none`: nothing here can mend it."""
     lane: int | None = None
-    """The lane that is not to be trusted ..."""
+    """The lane in which a shard is broken ..."""
     shard: int = 0
-    """... from this shard on: a log is good only up to its first bad line."""
+    """... and which one."""
+    and_later: bool = False
+    """Whether the log is not to be trusted from that shard on."""
     file: Path | None = None
     """A file that is to go."""
 
@@ -71,7 +72,7 @@ def verify(store: Path) -> list[Finding]:
         findings += [finding for record in lane.records for finding in _about_shard(store, identity, record)]
     if not (store / MANIFEST_FILE).exists():
         findings.append(_why_not_whole(store, lanes))
-    if manifest is not None and not any(lane.findings for lane in lanes):
+    if manifest is not None and not any(lane.findings or any(record.is_gap for record in lane.records) for lane in lanes):
         findings += _about_counts(store, identity, manifest, lanes)
     return findings + _left_over(store, identity, lanes)
 
@@ -105,18 +106,23 @@ def _read_lane(store: Path, lane: int, manifest: Mapping[str, Any] | None) -> _L
     log = progress_path(store, lane)
     name = log.relative_to(store)
     if not log.exists():
-        missing = Finding(f"{name}: missing; {HARVEST_AGAIN}", lane=lane)
+        missing = Finding(f"{name}: missing; {HARVEST_AGAIN}", lane=lane, and_later=True)
         return _Lane([], [missing] if manifest is not None else [])
     try:
         records = read_records(store, lane)
     except StoreError as error:
-        return _Lane([], [Finding(str(error), lane=lane)])
+        return _Lane([], [Finding(str(error), lane=lane, and_later=True)])
     if manifest is None or progress_sha256(store, lane) == manifest["lanes"][lane]["progress_sha256"]:
         return _Lane(records, [])
     if is_complete(records):  # what it says of the text cannot be compared with anything else
-        return _Lane([], [Finding(f"{name}: changed after the manifest was written; delete it and {HARVEST_AGAIN}", lane=lane)])
+        changed = f"{name}: changed after the manifest was written; delete it and {HARVEST_AGAIN}"
+        return _Lane([], [Finding(changed, lane=lane, and_later=True)])
     count = manifest["lanes"][lane]["shards"]
-    cut = Finding(f"{name}: {len(records)} shards, the manifest has {count}; {HARVEST_AGAIN}", lane=lane, shard=len(records))
+    if len(records) == count:  # the gaps are found one by one
+        return _Lane(records, [])
+    cut = Finding(
+        f"{name}: {len(records)} shards, the manifest has {count}; {HARVEST_AGAIN}", lane=lane, shard=len(records), and_later=True
+    )
     return _Lane(records, [cut])
 
 
@@ -137,6 +143,10 @@ def _about_calibration(store: Path, manifest: Mapping[str, Any] | None) -> Itera
 
 def _about_shard(store: Path, identity: Mapping[str, Any], record: ShardRecord) -> Iterator[Finding]:
     """At most one finding a site."""
+    if record.is_gap:
+        lost = f"shard {record.lane:04d}-{record.shard:06d} was lost or taken out; {HARVEST_AGAIN}"
+        yield Finding(lost, lane=record.lane, shard=record.shard)
+        return
     if record.sites.keys() != identity["sites"].keys():
         where = f"{progress_path(store, record.lane).relative_to(store)} line {record.shard + 1}"
         problem = f"{where}: its sites are {', '.join(record.sites)}, the store's {', '.join(identity['sites'])}; {HARVEST_AGAIN}"
@@ -145,7 +155,7 @@ def _about_shard(store: Path, identity: Mapping[str, Any], record: ShardRecord) 
     for site in record.sites:
         path = tar_path(store, site, record.lane, record.shard)
         try:
-            views = map_tar(path, record.sites[site].tar, DTYPES[identity["dtype"]], identity["d_model"], verify=True)
+            views = map_tar(path, record.sites[site].tar, identity["dtype"], identity["d_model"], verify=True)
             what = _problem_of_rows(path, record, site, views)
         except StoreError as error:
             yield Finding(str(error), lane=record.lane, shard=record.shard)
@@ -156,31 +166,31 @@ def _about_shard(store: Path, identity: Mapping[str, Any], record: ShardRecord) 
             yield Finding(f"shard {short_name(path)}: {what}; delete it and {HARVEST_AGAIN}", lane=record.lane, shard=record.shard)
 
 
-def _problem_of_rows(path: Path, record: ShardRecord, site: str, views: Sequence[Float[Tensor, "rows d_model"]]) -> str | None:
+def _problem_of_rows(path: Path, record: ShardRecord, site: str, views: Sequence[Encoded]) -> str | None:
     """What is wrong with a tar whose bytes are those of the log: member by member, so that one context is in memory at a time."""
     tar, statistics = record.sites[site].tar, record.sites[site].statistics
-    rows, squared_norm, total = 0, 0.0, torch.zeros_like(statistics.sum)
+    num_rows, squared_norm, total = 0, 0.0, torch.zeros_like(statistics.sum)
     keys = []
     for context, member in enumerate(read_tar(path)):
         keys.append(member.key)
-        x = member.rows.x
+        rows = member.rows.encoded
         if context >= len(views) or member.key != context_key(record.lane, record.shard, context):
             return f"its members are not the {record.contexts} contexts of the progress log"
-        if len(x) != tar.context_rows[context]:
-            return f"context {context} has {len(x)} rows, the progress log says {tar.context_rows[context]}"
-        if not torch.equal(views[context].view(torch.uint8), x.view(torch.uint8)):
+        if len(rows) != tar.context_rows[context]:
+            return f"context {context} has {len(rows)} rows, the progress log says {tar.context_rows[context]}"
+        if not views[context].has_same_bytes(rows):
             return "the offsets of the progress log do not point at its rows"
-        x64 = x.double()
+        x64 = rows.decode().double()
         if not torch.isfinite(x64).all():
             return f"context {context} has values that are NaN or infinite"
-        rows += len(x)
+        num_rows += len(rows)
         squared_norm += float(x64.square().sum())
         total += x64.sum(dim=0)
     if not len(keys) == len(views) == record.contexts:
         return f"its members are not the {record.contexts} contexts of the progress log"
-    bound = (rows * squared_norm) ** 0.5  # of each component of the sum, by Cauchy-Schwarz
+    bound = (num_rows * squared_norm) ** 0.5  # of each component of the sum, by Cauchy-Schwarz
     if (
-        rows != statistics.kept.rows
+        num_rows != statistics.kept.rows
         or abs(squared_norm - statistics.kept.squared_norm) > _TOLERANCE * squared_norm
         or bool((total - statistics.sum).abs().max() > _TOLERANCE * bound)
     ):

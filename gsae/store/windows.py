@@ -12,9 +12,10 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from gsae.store.encoding import Encoded
 from gsae.store.shards import TarRecord, map_tar, require_size, tar_path
 
 
@@ -33,8 +34,8 @@ class Place:
 class Window:
     """Rows of a lane that are shuffled together in memory."""
 
-    x: Float[Tensor, "rows d_model"]
-    """Activations as they stand in the shards, in the storage type."""
+    rows: Encoded
+    """Activations as they stand in the shards."""
     row: Int[Tensor, " rows"]
     """The ordinal of each in its lane, counted over the shards in their own order."""
     order: Int[Tensor, " rows"]
@@ -49,7 +50,7 @@ class LaneReader:
         site: name of the site.
         lane: number of the lane.
         tars: what the progress log says of its tars, in shard order; at least one row in all.
-        dtype: storage type.
+        storage: name of the storage type.
         d_model: width of a row.
         window_rows: rows of a window of this lane.
         seed: seed of the order.
@@ -66,7 +67,7 @@ class LaneReader:
         lane: int,
         tars: Sequence[TarRecord],
         *,
-        dtype: torch.dtype,
+        storage: str,
         d_model: int,
         window_rows: int,
         seed: int,
@@ -78,7 +79,7 @@ class LaneReader:
             require_size(path, tar)
         self._first_rows = list(accumulate((tar.rows for tar in tars), initial=0))
         self._lane = lane
-        self._dtype = dtype
+        self._storage = storage
         self._d_model = d_model
         self._window_rows = window_rows
         self._seed = seed
@@ -109,31 +110,31 @@ class LaneReader:
         """
         begin = window * self._window_rows
         end = min(begin + self._window_rows, self.num_rows)
-        x = torch.empty(end - begin, self._d_model, dtype=self._dtype)
+        rows = Encoded.empty(end - begin, self._d_model, self._storage)
         row = torch.empty(end - begin, dtype=torch.int64)
         first = 0  # of the shard, counted over the rows of the epoch
         for shard in self._shard_order(epoch):
-            rows = self._tars[shard].rows
-            low, high = max(begin, first), min(end, first + rows)
+            shard_rows = self._tars[shard].rows
+            low, high = max(begin, first), min(end, first + shard_rows)
             if low < high:
-                self._copy(shard, low - first, x[low - begin : high - begin])
+                self._copy(shard, low - first, rows[low - begin : high - begin])
                 first_row = self._first_rows[shard] + low - first
                 row[low - begin : high - begin] = torch.arange(first_row, first_row + high - low)
-            first += rows
+            first += shard_rows
         order = torch.randperm(end - begin, generator=self._generator("rows", epoch, window))
-        return Window(x, row, order)
+        return Window(rows, row, order)
 
-    def _copy(self, shard: int, skip: int, target: Float[Tensor, "rows d_model"]) -> None:
+    def _copy(self, shard: int, skip: int, target: Encoded) -> None:
         """Copy rows skip, skip + 1, ... of a shard until `target` is full."""
         verify = shard in self._unverified
-        contexts = map_tar(self._paths[shard], self._tars[shard], self._dtype, self._d_model, verify)
+        contexts = map_tar(self._paths[shard], self._tars[shard], self._storage, self._d_model, verify)
         self._unverified.discard(shard)
         filled = 0
-        for x in contexts:
-            part = x[skip : skip + len(target) - filled]
-            target[filled : filled + len(part)] = part
+        for context in contexts:
+            part = context[skip : skip + len(target) - filled]
+            target[filled : filled + len(part)].copy_(part)
             filled += len(part)
-            skip = max(0, skip - len(x))
+            skip = max(0, skip - len(context))
 
     def _shard_order(self, epoch: int) -> list[int]:
         order: list[int] = torch.randperm(len(self._tars), generator=self._generator("shards", epoch)).tolist()

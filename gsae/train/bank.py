@@ -61,6 +61,29 @@ class Run:
         return self.stopped is None and not self.finished
 
 
+@dataclass(frozen=True)
+class Position:
+    """How far a bank is in a store in parts."""
+
+    visit: int
+    rows: int
+    """Rows of the visit that it has taken, over all ranks."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps that a bank takes from one stream: all, or those of one visit of a store in parts."""
+
+    open_stream: Callable[[], Stream]
+    """A stream of the site's rows, at its beginning."""
+    first_step: int
+    end_step: int
+    """The step at which the stream is left; that of the run's end may come before."""
+    visit: int = 0
+    is_part: bool = False
+    """Whether the store is in parts."""
+
+
 @dataclass
 class Bank:
     """The runs of one site, at a step."""
@@ -68,10 +91,8 @@ class Bank:
     spec: BankSpec
     config: TrainConfig
     group: Group
-    open_stream: Callable[[], Stream]
-    """A stream of the site's rows, at its beginning."""
-    stream: Stream
-    """The one that training reads."""
+    stretch: Stretch
+    """What training reads now."""
     runs: list[Run]
     variance: float
     """E|x - mean|^2 of the scaled rows: 1, unless train.scale_activations is off."""
@@ -91,8 +112,26 @@ class Bank:
 
     @property
     def rows(self) -> int:
-        """Rows of the stream taken, over all ranks."""
+        """Rows taken, over all ranks."""
         return self.step * self.spec.batch_rows
+
+    @property
+    def stream_rows(self) -> int:
+        """Those of them that came from the present stream."""
+        return (self.step - self.stretch.first_step) * self.spec.batch_rows
+
+    @property
+    def until(self) -> int:
+        """The last step for now: of the stretch, or of the run."""
+        return min(self.stretch.end_step, self.spec.total_steps)
+
+    @property
+    def position(self) -> Position | None:
+        """Where in the parts it stands; None in a store that is not in parts."""
+        if not self.stretch.is_part:
+            return None
+        is_left = self.step == self.stretch.end_step
+        return Position(self.stretch.visit + 1, 0) if is_left else Position(self.stretch.visit, self.stream_rows)
 
     def learning_rate(self, run: Run, step: int) -> float:
         """The step size of an update; the first is number 0."""
@@ -104,9 +143,9 @@ class Bank:
         """The sparsity coefficient of an update; the first is number 0."""
         return run.spec.lambda_ * lambda_multiplier(step, self.spec.total_steps, self.config.schedule)
 
-    def scaled(self, x: Float[Tensor, "rows d_model"], run: Run) -> Float[Tensor, "rows d_model"]:
+    def scaled(self, batch: Batch, run: Run) -> Float[Tensor, "rows d_model"]:
         """Stored rows on the device, in the training type, times the site's scale."""
-        return x.to(self.group.device, torch_dtype(self.config)) * run.spec.scale
+        return batch.decode(self.group.device, torch_dtype(self.config)) * run.spec.scale
 
 
 class Chore(Protocol):
@@ -120,15 +159,19 @@ class Chore(Protocol):
 
 
 def train(bank: Bank, chores: Sequence[Chore]) -> None:
-    """Step all runs to the last step, or until none is left or the ranks agreed to stop. Chores run in list order after each step."""
-    while bank.step < bank.spec.total_steps and bank.active_runs and not bank.stopping:
-        x = bank.stream.next_batch().x
-        for run in bank.active_runs:
-            train_step(bank, run, bank.scaled(x, run))
-        bank.step += 1
-        for chore in chores:
-            if chore.is_due(bank):
-                chore.run(bank)
+    """Step all runs through a stretch, until none is left, or until the ranks agreed to stop. Chores run in list order after each step."""
+    with bank.group.together():
+        stream = bank.stretch.open_stream()
+    with stream:
+        stream.seek(bank.stream_rows)
+        while bank.step < bank.until and bank.active_runs and not bank.stopping:
+            batch = stream.next_batch()
+            for run in bank.active_runs:
+                train_step(bank, run, bank.scaled(batch, run))
+            bank.step += 1
+            for chore in chores:
+                if chore.is_due(bank):
+                    chore.run(bank)
 
 
 def train_step(bank: Bank, run: Run, x: Float[Tensor, "rows d_model"]) -> None:
@@ -170,9 +213,12 @@ def make_run(spec: RunSpec, directory: Path, config: TrainConfig, site: SiteMani
 
 
 def fresh_rows(bank: Bank, run: Run, num_rows: int) -> Iterator[Batch]:
-    """Scaled local batches of at least `num_rows` rows over all ranks: those that training will see next, read by a stream of their own."""
-    with bank.open_stream() as stream:
-        stream.seek(bank.rows)
+    """Scaled local batches of at least `num_rows` rows over all ranks: those that training will see next, read by a stream of their own.
+
+    Where a part ends before there are enough, they go on with rows of that part from its beginning.
+    """
+    with bank.stretch.open_stream() as stream:
+        stream.seek(bank.stream_rows)
         for _ in range(-(-num_rows // bank.spec.batch_rows)):
             batch = stream.next_batch()
-            yield replace(batch, x=bank.scaled(batch.x, run))
+            yield replace(batch, x=bank.scaled(batch, run), row_scale=None)

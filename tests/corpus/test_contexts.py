@@ -120,6 +120,22 @@ def test_a_packer_resumed_at_any_end_gives_the_contexts_that_follow(tokenizer, t
         assert as_plain(pack(Packer(chosen, length, start=start), pieces)) == contexts[number:]
 
 
+@given(texts=TEXTS, length=st.integers(4, 20))
+@settings(deadline=None)
+def test_without_packing_a_context_has_one_segment_and_no_token_is_lost(tokenizer, texts, length):
+    pieces = pieces_of(texts)
+    contexts = pack(Packer(tokenizer, length, packed=False), pieces)
+    packed = []
+    for context in contexts:
+        (document, ids), *padding = segments_of(context)
+        assert [number for number, _ in padding] in ([], [-1])
+        packed += [(document, token) for token in ids[1:]]
+    assert packed == [(piece.document, token) for piece in pieces for token in tokenise(tokenizer, piece.text)]
+    for number, context in enumerate(contexts):
+        resumed = pack(Packer(tokenizer, length, start=context.end, packed=False), pieces)
+        assert as_plain(resumed) == as_plain(contexts[number + 1 :])
+
+
 @pytest.fixture
 def write(tmp_path):
     """Writes texts as one .jsonl corpus of which nearly all is held out, and gives the config that reads it."""
@@ -198,6 +214,12 @@ def test_held_out_segments_are_packed_tightly_and_uncut(write, tokenizer):
     for seed in range(5):
         contexts = held_out_contexts(config, EvaluateConfig(min_documents=60, seed=seed), tokenizer, 8)
         assert Counter(shown(context, tokenizer) for context in contexts) == {"^abcde__": 20, "^fghi^jk": 20}
+
+
+def test_held_out_segments_stand_alone_without_packing(write, tokenizer):
+    config = write(["abcde", "fghi", "jk"] * 20)
+    contexts = held_out_contexts(config, EvaluateConfig(min_documents=60), tokenizer, 8, packed=False)
+    assert Counter(shown(context, tokenizer) for context in contexts) == {"^abcde__": 20, "^fghi___": 20, "^jk_____": 20}
 
 
 def test_held_out_contexts_follow_from_the_settings_alone(write, tokenizer):

@@ -1,7 +1,7 @@
 """A batch against an independent slow evaluation: whole forwards one context at a time, python loops over tokens."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,8 +14,10 @@ from gsae.evaluate.batch import BatchResult, SplicedRun, SplicedSite, cut_batche
 from gsae.evaluate.reconstruction import reconstruction_metrics
 from gsae.evaluate.splice import splice_metrics
 from gsae.llm.load import LLM, load
+from gsae.llm.rows import candidates, special_tokens
 from gsae.llm.site import Site, Tail, capture, substitute
 from gsae.sae.objective import SAE, build
+from gsae.store.encoding import encode
 
 D_MODEL, NUM_FEATURES, SCALE = 16, 48, 0.4
 SITES = [Site(f"resid.{layer}", layer, f"model.layers.{layer}") for layer in (0, 2)]
@@ -46,7 +48,7 @@ def make_bench(dtype: str) -> Bench:
         norms = x[site.name].norm(dim=-1).flatten().sort().values
         mean = x[site.name].double().mean((0, 1)) + 0.1
         runs = tuple(SplicedRun(f"{site.name}/{name}", make_sae(name, torch_dtype), SCALE) for name in ("relu", "gated"))
-        sites.append(SplicedSite(site, Tail(llm.model, site), mean, float(norms[-8:-6].mean()), torch.float32, runs))
+        sites.append(SplicedSite(site, Tail(llm.model, site), mean, float(norms[-8:-6].mean()), "float32", runs))
     return Bench(llm, contexts, sites)
 
 
@@ -174,6 +176,28 @@ def test_sums_stand_at_their_document(bench):
     every = [document for context in bench.contexts for document in context.documents.tolist()]
     assert result.sums.documents.tolist() == [0, 1, 2]
     assert kept.tolist() == [every.count(number) for number in TEXTS]
+
+
+def test_the_mask_is_that_of_the_values_an_int8_store_holds(bench):
+    site = bench.sites[0]
+    tokens, positions = (
+        torch.stack([torch.from_numpy(getattr(c, name)).long() for c in bench.contexts]) for name in ("tokens", "positions")
+    )
+    documents = torch.stack([torch.from_numpy(context.documents) for context in bench.contexts])
+    x = capture(bench.llm.model, [site.site], tokens, positions)[site.site.name]
+    exact, stored = x.norm(dim=-1), encode(x, "int8").decode().norm(dim=-1)
+    may_be_kept = candidates(tokens, positions, documents, special_tokens(bench.llm.tokenizer)).rows
+    # The bound lies between the two norms of the row that int8 lengthens most.
+    place = torch.where(may_be_kept, stored - exact, -1.0).argmax()
+    bound = float((stored.flatten()[place] + exact.flatten()[place]) / 2)
+    kept = {
+        storage: evaluate_batch(bench.llm, [replace(site, storage=storage, max_norm=bound)], batch, check=False)
+        for storage in ("int8", "float32")
+        for batch in cut_batches(bench.contexts, 100)
+    }
+    found = {storage: int(result.sums.sites[site.site.name].total().kept_rows) for storage, result in kept.items()}
+    assert found == {"int8": int((may_be_kept & (stored <= bound)).sum()), "float32": int((may_be_kept & (exact <= bound)).sum())}
+    assert found["int8"] < found["float32"]
 
 
 def test_the_identity_recovers_all_and_zero_nothing(bench):

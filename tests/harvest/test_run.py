@@ -9,6 +9,7 @@ import torch
 import yaml
 from conftest import small_settings, write_config, write_text
 from ranks import gsae, run_gsae, started
+from trees import tree
 
 from gsae.config import LLMConfig, RandomLlamaConfig
 from gsae.corpus.contexts import Packer
@@ -18,11 +19,6 @@ from gsae.settings import read_config
 from gsae.store import manifest
 from gsae.store.progress import read_records
 from gsae.store.shards import read_tar, tar_path
-
-
-def tree(store: Path) -> dict[str, bytes]:
-    """Every file of a store."""
-    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,16 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from made_up_shards import SiteRows, write_shard
 
 from gsae.corpus.contexts import Cursor
 from gsae.llm.site import Site
+from gsae.store.encoding import encode
 from gsae.store.finish import finish, write_calibration
 from gsae.store.manifest import Layout, Manifest, begin
-from gsae.store.progress import ProgressLog, SiteRows, write_shard
-from gsae.store.shards import DTYPES, ContextRows
-from gsae.store.statistics import site_statistics
+from gsae.store.progress import ProgressLog
+from gsae.store.shards import ContextRows
+from gsae.store.statistics import measure_rows, site_statistics
 
 LaneRows = Sequence[Sequence[int]]
 """Rows of each context of each shard of a lane."""
@@ -34,7 +36,8 @@ class Stores:
     def context(self, lane: int, first_row: int, num_rows: int, site: int = 0, context: int = 0, dtype: str = "float32") -> ContextRows:
         row = torch.arange(first_row, first_row + num_rows, dtype=torch.int32)
         x = torch.stack((torch.full_like(row, lane), row, torch.full_like(row, site), torch.full_like(row, context)), dim=1)
-        return ContextRows(x.to(DTYPES[dtype]), token=row % 7, position=row + 1, document=row // 3)
+        stored = encode(x.float(), dtype)
+        return ContextRows(stored.x, token=row % 7, position=row + 1, document=row // 3, row_scale=stored.row_scale)
 
     def shard(self, lane: int, first_row: int, context_rows: Sequence[int], dtype: str = "float32") -> dict[str, SiteRows]:
         """A shard at both sites; the second one keeps a row more of each context that has any."""
@@ -44,17 +47,20 @@ class Stores:
             for context, num_rows in enumerate(context_rows):
                 contexts.append(self.context(lane, row, num_rows + site if num_rows else 0, site, context, dtype))
                 row += num_rows
-            x = torch.cat([torch.empty(0, 4, dtype=DTYPES[dtype]), *(context.x for context in contexts)])
-            statistics = site_statistics(x, torch.ones(len(x), dtype=torch.bool), 100.0, {"position_0": len(contexts)})
+            x = torch.cat([torch.ones(len(contexts), 4), *(context.encoded.decode() for context in contexts)])[None]
+            kept = torch.arange(x.shape[1])[None] >= len(contexts)
+            tokens = torch.zeros_like(kept, dtype=torch.int64)
+            statistics = site_statistics(measure_rows(x, kept), kept, kept, {"position_0": ~kept}, tokens, lambda ids: map(str, ids), 100.0)
             sites[described.name] = SiteRows(contexts, statistics)
         return sites
 
     def write_lane(self, store: Path, lane: int, rows: LaneRows, dtype: str = "float32", stop_after: int | None = None) -> None:
         """Write, or go on writing, a lane."""
         log = ProgressLog.open(store, lane)
-        for index in range(log.next_index, len(rows) if stop_after is None else stop_after):
+        missing = [gap.shard for gap in log.gaps] + list(range(log.next_index, len(rows) if stop_after is None else stop_after))
+        for index in missing:
             shard = self.shard(lane, sum(map(sum, rows[:index])), rows[index], dtype)
-            write_shard(log, shard, Cursor(index, 0, 0), Cursor(index + 1, 0, 0), last=index == len(rows) - 1)
+            write_shard(log, shard, Cursor(index, 0, 0), Cursor(index + 1, 0, 0), last=index == len(rows) - 1, index=index)
 
     def build(self, store: Path, lanes: Sequence[LaneRows], dtype: str = "float32") -> Manifest:
         """A whole store."""

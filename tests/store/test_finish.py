@@ -2,14 +2,15 @@ import json
 
 import pytest
 import torch
+from made_up_rows import statistics_of
+from made_up_shards import SiteRows, write_shard
 
 from gsae.corpus.contexts import Cursor
 from gsae.errors import StoreError
 from gsae.store.finish import finish, is_finished, read_calibration, warnings, write_calibration
-from gsae.store.manifest import Share, load
-from gsae.store.progress import ProgressLog, SiteRows, write_shard
+from gsae.store.manifest import Share, fingerprint, load
+from gsae.store.progress import ProgressLog
 from gsae.store.shards import ContextRows
-from gsae.store.statistics import site_statistics
 
 LANES = [[[3, 2], [4]], [[2], [5, 1]]]
 
@@ -24,12 +25,14 @@ def all_rows(stores, site):
     return torch.cat(parts).double()
 
 
-def write_rows(stores, store, candidates, kept):
+def write_rows(stores, store, candidates, kept, original=None):
     """A store of one lane with the same rows at both sites; the median norm is 100."""
     stores.begin(store, 1)
     x = candidates[kept]
     integers = torch.arange(len(x), dtype=torch.int32)
-    rows = SiteRows([ContextRows(x, integers, integers, integers)], site_statistics(candidates, kept, 100.0, {"special": 2}))
+    rows = SiteRows(
+        [ContextRows(x, integers, integers, integers)], statistics_of(candidates, kept, 100.0, {"special": 2}, original=original)
+    )
     sites = {site.name: rows for site in stores.sites}
     write_shard(ProgressLog.open(store, 0), sites, Cursor(0, 0, 0), Cursor(1, 0, 0), last=True)
     return finish(store)
@@ -97,6 +100,25 @@ def test_heavy_kept_rows_and_rows_that_are_not_finite_are_warned_of(stores, tmp_
     assert lines[0].startswith("resid.0: kept rows above 2 x the median norm hold 76% of the squared norm")  # 6.25 / 8.25
     assert lines[1].startswith("resid.0: 1 rows were NaN or infinite")
     assert len(lines) == 4
+
+
+def test_rows_that_storing_changed_much_are_warned_of(stores, tmp_path):
+    # Rows +-100 in one dimension: variance 100^2 a row. Storing moved both by 10 (1 %), or a little more (1.03 %).
+    x, kept = torch.tensor([[100.0, 0, 0, 0], [-100, 0, 0, 0]]), torch.tensor([True, True])
+    for name, offset, words in (("fine", 10.0, []), ("lossy", 10.125, ["resid.0: 1.0% of the variance", "resid.2: 1.0% of the variance"])):
+        manifest = write_rows(stores, tmp_path / name, x, kept, original=x + torch.tensor([0, 0, offset, 0]))
+        assert manifest.sites["resid.0"].storage_fvu == pytest.approx(offset**2 / 100**2, rel=1e-12)
+        assert [line[:29] for line in warnings(manifest)] == words
+
+
+def test_a_manifest_of_before_the_cost_of_storing_was_recorded_is_read(stores, tmp_path):
+    stores.build(tmp_path, LANES)
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    del content["digest"]
+    for site in content["sites"].values():
+        del site["storage_fvu"]
+    (tmp_path / "manifest.json").write_text(json.dumps({**content, "digest": fingerprint(content)}))
+    assert load(tmp_path).sites["resid.2"].storage_fvu == 0
 
 
 def test_a_healthy_store_has_no_warnings(stores, tmp_path):

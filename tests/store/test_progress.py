@@ -2,15 +2,16 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from made_up_shards import write_shard
 
 from gsae.corpus.contexts import Cursor
 from gsae.errors import StoreError
-from gsae.store.progress import ProgressLog, SiteRows, progress_path, read_records, write_shard
-from gsae.store.shards import write_tar
-from gsae.store.statistics import merge, no_rows
+from gsae.store.progress import ProgressLog, progress_path, read_records, require_complete
+from gsae.store.shards import open_tar
 
 LANE = [[3, 2], [4], [1, 1]]
 
@@ -18,6 +19,7 @@ KILLED_BEFORE_THE_LOG_LINE = """
 import os, runpy, signal, sys
 from pathlib import Path
 import gsae.store.progress as progress
+sys.path.insert(0, str(Path(sys.argv[2]).parents[1]))
 stores = runpy.run_path(sys.argv[2])["Stores"]()
 store = Path(sys.argv[1])
 stores.write_lane(store, 0, [[3, 2], [4], [1, 1]], stop_after=1)
@@ -98,7 +100,8 @@ def test_what_an_interrupted_harvest_left_is_removed_in_its_lane_only(stores, cu
     before = content_of(cut_off)
     contexts = [stores.context(0, 0, 2)]
     for site in ("resid.0", "resid.2"):
-        write_tar(cut_off / site / "0000-000002.tar", 0, 2, contexts)
+        with open_tar(cut_off / site / "0000-000002.tar", 0, 2) as tar:
+            tar.add(contexts[0])
     for name in ("resid.0/0000-000003.tar.partial", "progress/0000.jsonl.partial"):
         (cut_off / name).write_bytes(b"half")
     (cut_off / "resid.0" / "0001-000000.tar.partial").write_bytes(b"another rank is writing this")
@@ -109,15 +112,29 @@ def test_what_an_interrupted_harvest_left_is_removed_in_its_lane_only(stores, cu
 
 
 @pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])])
-def test_a_lane_resumes_at_the_first_shard_that_is_not_whole_at_every_site(stores, whole, tmp_path, spoil):
+@pytest.mark.parametrize("shard", [0, 1, 2])
+def test_a_shard_that_is_not_whole_at_every_site_is_a_gap_and_costs_no_other(stores, whole, tmp_path, spoil, shard):
     store = tmp_path / "store"
     stores.write_lane(store, 0, LANE)
-    spoil(store / "resid.2" / "0000-000001.tar")
+    spoil(store / "resid.2" / f"0000-{shard:06d}.tar")
     log = ProgressLog.open(store, 0)
-    assert (log.next_index, log.is_finished) == (1, False)
-    assert len(read_records(store, 0)) == 1
+    assert ([gap.shard for gap in log.gaps], log.next_index, log.is_ended, log.is_finished) == ([shard], 3, True, False)
+    gone = {Path(site, f"0000-{shard:06d}.tar") for site in ("resid.0", "resid.2")}
+    assert whole.keys() - content_of(store).keys() == gone
+    with pytest.raises(StoreError, match=f"lane 0 lacks shard {shard}; run gsae harvest again"):
+        require_complete(store, 0, read_records(store, 0))
     stores.write_lane(store, 0, LANE)
     assert content_of(store) == whole
+
+
+def test_a_gap_is_filled_with_its_own_text_only(stores, tmp_path):
+    stores.write_lane(tmp_path, 0, LANE)
+    (tmp_path / "resid.0" / "0000-000001.tar").unlink()
+    log, shard = ProgressLog.open(tmp_path, 0), stores.shard(0, 5, LANE[1])
+    for start, end, last in ((0, 2, False), (1, 3, False), (1, 2, True)):
+        with pytest.raises(StoreError, match=r"shard 0000-000001 of .* was made of other text before"):
+            write_shard(log, shard, Cursor(start, 0, 0), Cursor(end, 0, 0), last, index=1)
+    assert [gap.shard for gap in ProgressLog.open(tmp_path, 0).gaps] == [1]
 
 
 def test_a_damaged_line_is_named(cut_off):
@@ -130,14 +147,6 @@ def test_a_damaged_line_is_named(cut_off):
     path.write_text(first.replace('"format": 1', '"format": 2') + "\n")
     with pytest.raises(StoreError, match="format 2, this version of gsae reads 1"):
         read_records(cut_off, 0)
-
-
-def test_statistics_of_other_rows_are_refused_before_anything_is_written(stores, tmp_path):
-    shard = stores.shard(0, 0, [3])
-    shard["resid.2"] = SiteRows(shard["resid.2"].contexts, merge([no_rows(4)]))
-    with pytest.raises(ValueError, match=r"resid\.2: 4 rows to store, but statistics of 0"):
-        write_shard(ProgressLog.open(tmp_path, 0), shard, Cursor(0, 0, 0), Cursor(1, 0, 0), last=True)
-    assert read_records(tmp_path, 0) == []
 
 
 def test_lanes_have_logs_of_their_own(stores, tmp_path):

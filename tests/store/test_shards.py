@@ -1,5 +1,6 @@
 import hashlib
 import json
+from contextlib import suppress
 
 import pytest
 import safetensors.torch
@@ -7,7 +8,8 @@ import torch
 import webdataset
 
 from gsae.errors import StoreError
-from gsae.store.shards import DTYPES, ContextRows, map_tar, read_tar, tar_path, write_tar
+from gsae.store.encoding import STORAGE_TYPES, encode
+from gsae.store.shards import ContextRows, TarRecord, map_tar, open_tar, read_tar, tar_path, write_tar
 
 NAMES = ("x", "token", "position", "document")
 
@@ -15,14 +17,19 @@ NAMES = ("x", "token", "position", "document")
 def random_context(num_rows, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     integers = [torch.randint(0, 1000, (num_rows,), generator=generator) for _ in range(3)]
-    return ContextRows(torch.randn(num_rows, 6, generator=generator).to(DTYPES[dtype]), *integers)
+    stored = encode(torch.randn(num_rows, 6, generator=generator), dtype)
+    return ContextRows(stored.x, *integers, stored.row_scale)
 
 
-@pytest.fixture(params=list(DTYPES))
+def names_of(context):
+    return NAMES if context.row_scale is None else (*NAMES, "row_scale")
+
+
+@pytest.fixture(params=list(STORAGE_TYPES))
 def written(request, tmp_path):
     contexts = [random_context(num_rows, request.param, seed) for seed, num_rows in enumerate((5, 0, 1, 200))]
     path = tar_path(tmp_path, "resid.15", 3, 12)
-    return path, contexts, write_tar(path, 3, 12, contexts), DTYPES[request.param]
+    return path, contexts, write_tar(path, 3, 12, contexts), request.param
 
 
 def test_a_plain_webdataset_client_reads_a_shard(written):
@@ -31,9 +38,9 @@ def test_a_plain_webdataset_client_reads_a_shard(written):
     assert [sample["__key__"] for sample in samples] == [f"0003-000012-0000{context}" for context in range(4)]
     for index, (sample, context) in enumerate(zip(samples, contexts, strict=True)):
         tensors = safetensors.torch.load(sample["rows.safetensors"])
-        assert sorted(tensors) == sorted(NAMES)
-        assert all(torch.equal(tensors[name], getattr(context, name)) for name in NAMES)
-        assert tensors["x"].dtype == dtype
+        assert sorted(tensors) == sorted(names_of(context))
+        assert all(torch.equal(tensors[name], getattr(context, name)) for name in names_of(context))
+        assert tensors["x"].dtype == STORAGE_TYPES[dtype]
         assert json.loads(sample["json"]) == {"context": index, "lane": 3, "rows": len(context.x), "shard": 12}
 
 
@@ -42,7 +49,10 @@ def test_the_offsets_of_the_record_point_at_the_rows(written):
     content = path.read_bytes()
     for context, offset in zip(contexts, record.offsets, strict=True):
         assert content[offset : offset + context.x.nbytes] == context.x.view(torch.uint8).numpy().tobytes()
-    assert all(torch.equal(view, context.x) for view, context in zip(map_tar(path, record, dtype, 6, verify=True), contexts, strict=True))
+    for context, offset in zip(contexts, record.scale_offsets, strict=dtype == "int8"):
+        assert content[offset : offset + context.row_scale.nbytes] == context.row_scale.numpy().tobytes()
+    views = map_tar(path, record, dtype, 6, verify=True)
+    assert all(view.has_same_bytes(context.encoded) for view, context in zip(views, contexts, strict=True))
 
 
 def test_the_record_describes_the_file(written):
@@ -57,13 +67,14 @@ def test_a_shard_is_unpacked_as_it_was_written(written):
     members = list(read_tar(path))
     assert [member.key for member in members] == [f"0003-000012-0000{context}" for context in range(4)]
     for member, context in zip(members, contexts, strict=True):
-        assert all(torch.equal(getattr(member.rows, name), getattr(context, name)) for name in NAMES)
+        assert all(torch.equal(getattr(member.rows, name), getattr(context, name)) for name in names_of(context))
+        assert member.rows.encoded.has_same_bytes(context.encoded)
 
 
 def test_equal_rows_make_equal_bytes(written, tmp_path):
     path, contexts, record, _ = written
     other = tmp_path / "elsewhere" / "other.tar"
-    copies = [ContextRows(*(getattr(context, name).clone() for name in NAMES)) for context in contexts]
+    copies = [ContextRows(*(getattr(context, name).clone() for name in names_of(context))) for context in contexts]
     assert write_tar(other, 3, 12, copies) == record
     assert other.read_bytes() == path.read_bytes()
 
@@ -93,16 +104,51 @@ def test_a_missing_or_short_shard_is_named(written):
 
 def test_writing_to_a_view_does_not_change_the_shard(written):
     path, contexts, record, dtype = written
-    map_tar(path, record, dtype, 6)[0].zero_()
-    assert torch.equal(map_tar(path, record, dtype, 6, verify=True)[0], contexts[0].x)
+    map_tar(path, record, dtype, 6)[0].x.zero_()
+    assert torch.equal(map_tar(path, record, dtype, 6, verify=True)[0].x, contexts[0].x)
 
 
 def test_a_shard_without_contexts_is_a_tar(tmp_path):
     path = tmp_path / "resid.2" / "0000-000000.tar"
     record = write_tar(path, 0, 0, [])
-    assert (record.rows, list(read_tar(path)), map_tar(path, record, torch.bfloat16, 6, verify=True)) == (0, [], [])
+    assert (record.rows, list(read_tar(path)), map_tar(path, record, "bfloat16", 6, verify=True)) == (0, [], [])
 
 
 def test_a_context_with_a_token_too_few_is_refused():
     with pytest.raises(ValueError, match=r"\[2, 1, 2, 2\] rows"):
         ContextRows(torch.zeros(2, 3), torch.zeros(1), torch.zeros(2), torch.zeros(2))
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.int8, None), (torch.int8, torch.ones(1)), (torch.float32, torch.ones(2))])
+def test_int8_rows_and_no_others_have_a_scale_each(dtype, scale):
+    with pytest.raises(ValueError, match="row_scale is for int8 rows, one number a row"):
+        ContextRows(torch.zeros(2, 3, dtype=dtype), torch.zeros(2), torch.zeros(2), torch.zeros(2), scale)
+
+
+def test_a_record_survives_json_and_one_of_before_int8_is_read(written):
+    _, _, record, dtype = written
+    content = json.loads(json.dumps(record.to_json()))
+    assert TarRecord.from_json(content) == record
+    assert ("scale_offsets" in content) == (dtype == "int8")
+    assert len(record.scale_offsets) == (4 if dtype == "int8" else 0)
+
+
+def test_a_tar_is_written_context_by_context_to_the_same_bytes(written, tmp_path):
+    path, contexts, record, _ = written
+    other = tmp_path / "elsewhere" / "other.tar"
+    with open_tar(other, 3, 12) as tar:
+        for context in contexts:
+            tar.add(context)
+            assert not other.exists()
+        with pytest.raises(ValueError, match="not whole before the end"):
+            _ = tar.record
+    assert tar.record == record
+    assert other.read_bytes() == path.read_bytes()
+
+
+def test_a_tar_whose_block_raises_is_not_there(tmp_path):
+    path = tmp_path / "resid.2" / "0000-000000.tar"
+    with suppress(KeyError), open_tar(path, 0, 0) as tar:
+        tar.add(random_context(3, "bfloat16", 0))
+        raise KeyError
+    assert list(path.parent.iterdir()) == []

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from made_up_rows import spell, statistics_of
 
 from gsae.store.statistics import (
     LOWEST_NORM_BIN,
@@ -14,7 +15,7 @@ from gsae.store.statistics import (
     DroppedRows,
     SiteStatistics,
     Tally,
-    dropped_rows,
+    measure_rows,
     merge,
     no_rows,
     site_statistics,
@@ -43,7 +44,7 @@ def assert_tally(tally, rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_statistics_equal_a_slow_reference(dtype):
     x, kept = random_rows(500, 0, dtype)
-    statistics = site_statistics(x, kept, MEDIAN_NORM, {"position_0": 4, "special": 1})
+    statistics = statistics_of(x, kept, MEDIAN_NORM, {"position_0": 4, "special": 1})
     rows = x.double().tolist()
     kept_rows = [row for row, is_kept in zip(rows, kept.tolist(), strict=True) if is_kept]
     assert 100 < len(kept_rows) < 400
@@ -61,31 +62,42 @@ def test_statistics_equal_a_slow_reference(dtype):
 
 def test_mean_and_variance_by_hand():
     # (3, 0) and (5, 4): mean (4, 2), E|x|^2 = (9 + 41) / 2 = 25, variance 25 - 20 = 5 = E(1 + 4).
-    statistics = site_statistics(torch.tensor([[3.0, 0.0], [5.0, 4.0]]), torch.tensor([True, True]), 1.0, {})
+    statistics = statistics_of(torch.tensor([[3.0, 0.0], [5.0, 4.0]]), torch.tensor([True, True]), 1.0, {})
     assert statistics.mean.tolist() == [4, 2]
     assert (statistics.mean_square, statistics.variance) == (25, 5)
 
 
 def test_a_row_at_the_bound_is_not_above_it():
-    statistics = site_statistics(torch.tensor([[3.0, 4.0]]), torch.tensor([True]), 2.5, {})  # norm 5 = 2 x 2.5
+    statistics = statistics_of(torch.tensor([[3.0, 4.0]]), torch.tensor([True]), 2.5, {})  # norm 5 = 2 x 2.5
     assert statistics.kept_above[2] == Tally(0, 0.0)
 
 
 def test_rows_that_are_not_finite_are_counted_apart_and_poison_no_sum():
     x = torch.tensor([[1.0, 0.0], [math.nan, 0.0], [0.0, math.inf], [9.0, 0.0]])
-    statistics = site_statistics(x, torch.tensor([True, False, False, False]), 1.0, {})
+    statistics = statistics_of(x, torch.tensor([True, False, False, False]), 1.0, {})
     assert statistics.dropped == {"outlier": 1, "non_finite": 2}
     assert (statistics.candidates, statistics.kept) == (Tally(2, 82.0), Tally(1, 1.0))
     with pytest.raises(ValueError, match="NaN or infinite is marked as kept"):
-        site_statistics(x, torch.tensor([True, True, False, False]), 1.0, {})
+        statistics_of(x, torch.tensor([True, True, False, False]), 1.0, {})
+
+
+def test_a_row_that_is_no_candidate_may_be_anything():
+    x = torch.tensor([[[math.nan, 0.0], [1.0, 0.0], [math.inf, 0.0]]])
+    kept = torch.tensor([[False, True, False]])
+    statistics = site_statistics(
+        measure_rows(x, kept), kept, kept, {"first": torch.tensor([[True, False, False]])}, kept.long(), spell, 1.0
+    )
+    assert statistics.dropped == {"first": 1, "outlier": 0, "non_finite": 0}
+    assert statistics.dropped_rows["first"] == DroppedRows({"<0>": 1}, {})
+    assert statistics.sum.tolist() == [1, 0]
 
 
 @given(cuts=st.lists(st.integers(0, 60), max_size=4))
 def test_merged_parts_equal_the_whole(cuts):
     x, kept = random_rows(60, 1)
     edges = [0, *sorted(cuts), 60]
-    parts = [site_statistics(x[a:b], kept[a:b], MEDIAN_NORM, {"special": b - a}) for a, b in pairwise(edges)]
-    merged, whole = merge([no_rows(3), *parts]), site_statistics(x, kept, MEDIAN_NORM, {"special": 60})
+    parts = [statistics_of(x[a:b], kept[a:b], MEDIAN_NORM, {"special": b - a}) for a, b in pairwise(edges)]
+    merged, whole = merge([no_rows(3), *parts]), statistics_of(x, kept, MEDIAN_NORM, {"special": 60})
     assert merged.dropped == whole.dropped
     assert torch.allclose(merged.sum, whole.sum, rtol=1e-12)
     pairs = [(merged.kept, whole.kept), (merged.candidates, whole.candidates)]
@@ -98,7 +110,7 @@ def test_merged_parts_equal_the_whole(cuts):
 
 
 def test_statistics_survive_json_bit_for_bit():
-    statistics = site_statistics(*random_rows(50, 2), MEDIAN_NORM, {"special": 3})
+    statistics = statistics_of(*random_rows(50, 2), MEDIAN_NORM, {"special": 3})
     text = json.dumps(statistics.to_json())
     again = SiteStatistics.from_json(json.loads(text))
     assert torch.equal(again.sum, statistics.sum)
@@ -107,14 +119,65 @@ def test_statistics_survive_json_bit_for_bit():
     assert again.candidates_above == statistics.candidates_above
 
 
+def test_the_error_of_storing_is_that_of_kept_rows_and_adds_up():
+    # Kept rows are off by (0, 1) and (2, 0): 1 + 4. The third is dropped, the fourth was NaN before it was stored.
+    x = torch.tensor([[1.0, 1.0], [2.0, 1.0], [9.0, 0.0], [math.nan, 0.0]])
+    original = torch.tensor([[1.0, 2.0], [4.0, 1.0], [0.0, 0.0], [math.nan, 1.0]])
+    statistics = statistics_of(x, torch.tensor([True, True, False, False]), 1.0, {"special": 1}, original=original)
+    assert statistics.squared_error == 5
+    assert (statistics + statistics).squared_error == 10
+    assert statistics.variance == 0.25  # mean (1.5, 1)
+    assert statistics.storage_fvu == 5 / (2 * 0.25)
+    old = statistics.to_json()
+    assert SiteStatistics.from_json(old).squared_error == 5
+    del old["squared_error"]
+    assert SiteStatistics.from_json(old).squared_error == 0
+
+
+def test_sums_do_not_depend_on_the_number_of_threads():
+    generator = torch.Generator().manual_seed(0)
+    x, original = torch.randn(2, 3, 500, 96, generator=generator)
+    kept = torch.rand(3, 500, generator=generator) < 0.7
+    threads, found = torch.get_num_threads(), []
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        found.append(measure_rows(x, kept, original))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(vars(found[0]).values(), vars(found[1]).values(), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_rows_are_measured_on_the_gpu_as_on_the_cpu_without_waiting_for_it():
+    x = torch.randn(4, 300, 64)
+    x[1, 5] = math.nan
+    kept = (torch.rand(4, 300) < 0.7) & torch.isfinite(x).all(dim=-1)
+    device = [tensor.cuda() for tensor in (x, kept, x + 0.5)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = measure_rows(*device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    wanted = measure_rows(x, kept, x + 0.5)
+    for one, other in zip(vars(found).values(), vars(wanted).values(), strict=True):
+        assert torch.allclose(one.cpu(), other, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
 def with_dropped(**reasons):
     return replace(no_rows(2), dropped_rows=reasons)
 
 
 def test_dropped_rows_by_hand():
-    # Norms 5, 10, 0 and infinity with a median of 5: octaves 0 and 1 are bins 0 and 4, zeros are in the lowest, infinity in none.
-    x = torch.tensor([[3.0, 4.0], [6.0, 8.0], [0.0, 0.0], [math.inf, 0.0]])
-    assert dropped_rows(x, ["b", "a", "b", "a"], 5.0) == DroppedRows({"a": 2, "b": 2}, {LOWEST_NORM_BIN: 1, 0: 1, 4: 1})
+    # Norms 5, 10 and 0 with a median of 5: octaves 0 and 1 are bins 0 and 4, zeros are in the lowest. Tokens 7 and 8 are spelled alike.
+    x = torch.tensor([[3.0, 4.0], [6.0, 8.0], [0.0, 0.0], [math.inf, 0.0], [1.0, 0.0]])
+    kept = torch.tensor([False, False, False, False, True])
+    statistics = statistics_of(x, kept, 5.0, {"first": 0, "special": 2}, tokens=torch.tensor([8, 2, 7, 8, 3]))
+    assert statistics.dropped_rows == {
+        "first": DroppedRows({}, {}),
+        "special": DroppedRows({"<0>": 2}, {-8: 2}),  # norm sqrt(2): log2(sqrt(2) / 5) = -1.82 octaves = -7.3 bins
+        "outlier": DroppedRows({"<2>": 1, "<7>": 2}, {LOWEST_NORM_BIN: 1, 0: 1, 4: 1}),
+        "non_finite": DroppedRows({"<7>": 1}, {}),
+    }
 
 
 def test_dropped_rows_add_up_by_reason_and_survive_json():

@@ -144,6 +144,17 @@ def test_rows_keep_the_storage_type(stores, tmp_path):
     assert torch.equal(batch.x[:, 1].long(), batch.row)
 
 
+def test_int8_rows_come_with_their_scales(stores, tmp_path):
+    # Of these rows the largest value is the row's ordinal; windows of 6 rows, so that they begin within contexts.
+    stores.build(tmp_path, [[[4, 0, 5], [7]]], dtype="int8")
+    with Stream(tmp_path, SITE, [0], 4, 6, seed=0, verify_shards=True) as stream:
+        for batch in islice(stream, 12):
+            assert (batch.x.dtype, batch.row_scale.dtype) == (torch.int8, torch.float32)
+            decoded = batch.decode(torch.device("cpu"), torch.float64)
+            assert decoded.dtype == torch.float64
+            assert torch.allclose(decoded[:, 1], batch.row.double(), rtol=1e-6)
+
+
 def test_a_rank_opens_only_the_tars_of_its_lanes_and_site(stores, tmp_path):
     stores.build(tmp_path, LANES)
     for path in (*tmp_path.glob("resid.0/000[13]-*.tar"), *tmp_path.glob("resid.2/*.tar")):

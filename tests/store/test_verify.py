@@ -8,12 +8,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from made_up_shards import write_shard
+from trees import tree
 
 from gsae.corpus.contexts import Cursor
 from gsae.errors import StoreError
 from gsae.store.finish import finish, is_finished
 from gsae.store.manifest import fingerprint
-from gsae.store.progress import ProgressLog, SiteRecord, progress_path, read_records, write_shard
+from gsae.store.progress import ProgressLog, SiteRecord, progress_path, read_records
 from gsae.store.repair import repair
 from gsae.store.shards import HARVEST_AGAIN, tar_path
 from gsae.store.stream import Stream
@@ -30,10 +32,6 @@ def store(stores, tmp_path):
 
 def problems_of(store):
     return [finding.problem for finding in verify(store)]
-
-
-def tree(store):
-    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
 
 
 def flip(path, at=700):
@@ -59,7 +57,7 @@ def log_anew(store, lane, shard, site, change):
     finish(store)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_a_healthy_store_has_no_problems(stores, tmp_path, dtype):
     stores.build(tmp_path, LANES, dtype)
     assert verify(tmp_path) == []
@@ -171,6 +169,21 @@ def test_offsets_that_miss_the_rows_are_found(store):
     assert problem.startswith("shard resid.0/0000-000000.tar: the offsets of the progress log do not point at its rows")
 
 
+def test_int8_scales_that_are_not_where_the_log_says_or_not_finite_are_found(stores, tmp_path):
+    def shift(site):
+        offsets = site.tar.scale_offsets
+        return SiteRecord(replace(site.tar, scale_offsets=(offsets[0] - 4, *offsets[1:])), site.statistics)
+
+    stores.build(tmp_path / "shifted", LANES, dtype="int8")
+    log_anew(tmp_path / "shifted", 0, 0, "resid.0", shift)
+    (problem,) = problems_of(tmp_path / "shifted")
+    assert problem.startswith("shard resid.0/0000-000000.tar: the offsets of the progress log do not point at its rows")
+    stores.build(tmp_path / "lost", LANES, dtype="int8")
+    log_anew(tmp_path / "lost", 0, 0, "resid.0", lambda site: SiteRecord(replace(site.tar, scale_offsets=()), site.statistics))
+    (problem,) = problems_of(tmp_path / "lost")
+    assert problem.startswith("shard resid.0/0000-000000.tar: unreadable")
+
+
 def test_statistics_of_other_rows_are_found(store):
     def nudge(site):
         return SiteRecord(site.tar, replace(site.statistics, sum=site.statistics.sum + torch.tensor([0, 0, 1e-6, 0])))
@@ -234,23 +247,23 @@ def test_a_repaired_store_is_rebuilt_to_the_byte(stores, store, spoil):
     spoil(store)
     repair(store, verify(store))
     assert not is_finished(store)
-    assert [finding.lane for finding in verify(store) if finding.lane is not None] == []
     stores.build(store, LANES)
     assert verify(store) == []
     assert tree(store) == whole
 
 
-def test_only_the_broken_shard_and_those_after_it_in_its_lane_go_at_every_site(store):
+def test_only_the_broken_shard_goes_at_every_site(store):
     whole = tree(store)
     flip(tar_path(store, "resid.2", 1, 1))
-    assert repair(store, verify(store)) == [
-        "removed shards 1 and later of lane 1: 4 tars, 2 lines of its log",
-        "removed manifest.json",
-    ]
-    gone = {f"{site}/0001-00000{shard}.tar" for site in ("resid.0", "resid.2") for shard in (1, 2)} | {"manifest.json"}
+    assert repair(store, verify(store)) == ["removed shard 1 of lane 1: 2 tars, its line is a gap", "removed manifest.json"]
+    gone = {f"{site}/0001-000001.tar" for site in ("resid.0", "resid.2")} | {"manifest.json"}
     assert whole.keys() - tree(store).keys() == gone
-    assert len(read_records(store, 1)) == 1
+    assert [record.is_gap for record in read_records(store, 1)] == [False, True, False]
     assert all(content == whole[name] for name, content in tree(store).items() if name != "progress/0001.jsonl")
+    assert [finding.problem for finding in verify(store)] == [
+        f"shard 0001-000001 was lost or taken out; {HARVEST_AGAIN}",
+        f"store {store} is not whole: 1 of 2 lanes, the first is 1, are not harvested to the end; {HARVEST_AGAIN}",
+    ]
 
 
 def test_what_is_left_over_goes_and_the_manifest_stays(store):
