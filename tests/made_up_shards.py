@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from gsae.corpus.contexts import Cursor
 from gsae.store.progress import ProgressLog, ShardRecord, SiteRecord
-from gsae.store.shards import ContextRows, open_tar, tar_path
+from gsae.store.shards import ContextRows, TarRecord, open_tar, tar_path
 from gsae.store.statistics import SiteStatistics
 
 
@@ -17,6 +18,14 @@ class SiteRows:
     statistics: SiteStatistics
 
 
+def write_tar(path: Path, lane: int, shard: int, contexts: Sequence[ContextRows]) -> TarRecord:
+    """One shard of one site."""
+    with open_tar(path, lane, shard) as tar:
+        for context in contexts:
+            tar.add(context)
+    return tar.record
+
+
 def write_shard(
     log: ProgressLog, sites: Mapping[str, SiteRows], start: Cursor, end: Cursor, last: bool, index: int | None = None
 ) -> ShardRecord:
@@ -25,10 +34,8 @@ def write_shard(
     (contexts,) = {len(rows.contexts) for rows in sites.values()}
     written = {}
     for name, rows in sites.items():
-        with open_tar(tar_path(log.store, name, log.lane, shard), log.lane, shard) as tar:
-            for context in rows.contexts:
-                tar.add(context)
-        written[name] = SiteRecord(tar.record, rows.statistics)
+        tar = write_tar(tar_path(log.store, name, log.lane, shard), log.lane, shard, rows.contexts)
+        written[name] = SiteRecord(tar, rows.statistics)
     record = ShardRecord(log.lane, shard, contexts, start, end, last, written)
     log.add(record)
     return record

@@ -8,7 +8,7 @@ import hashlib
 import json
 import mmap
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,14 +174,6 @@ def open_tar(path: Path, lane: int, shard: int) -> Iterator[TarWriting]:
             writing = TarWriting(writer, lane, shard)
             yield writing
     writing.close(path, tar.bytes, tar.sha256())
-
-
-def write_tar(path: Path, lane: int, shard: int, contexts: Iterable[ContextRows]) -> TarRecord:
-    """Write one shard of one site, whole or not at all."""
-    with open_tar(path, lane, shard) as tar:
-        for context in contexts:
-            tar.add(context)
-    return tar.record
 
 
 def _pack(context: ContextRows) -> bytes:

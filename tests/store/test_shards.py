@@ -6,10 +6,11 @@ import pytest
 import safetensors.torch
 import torch
 import webdataset
+from made_up_shards import write_tar
 
 from gsae.errors import StoreError
 from gsae.store.encoding import STORAGE_TYPES, encode
-from gsae.store.shards import ContextRows, TarRecord, map_tar, open_tar, read_tar, tar_path, write_tar
+from gsae.store.shards import ContextRows, TarRecord, map_tar, open_tar, read_tar, tar_path
 
 NAMES = ("x", "token", "position", "document")
 
