@@ -108,7 +108,7 @@ def _stage_of_config(stage: str, words: list[str]) -> int:
     except ConfigError as error:
         error.spoken_by = 0  # all ranks read the same words
         raise
-    # DDP warns that its search for unused parameters found none; world.py says why it is on. Torch reads this when it is imported.
+    # DDP warns that its search for unused parameters found none; gsae/world says why it is on. Torch reads this when it is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from gsae import world
 

@@ -98,7 +98,6 @@ def test_the_proof_runs_on_an_llm_that_is_split_over_ranks(tmp_path):
 
 
 @pytest.mark.demo
-@pytest.mark.slow
 @pytest.mark.skipif(not REAL.exists(), reason="the demo's LLM is not prepared: python launch/prepare_demo.py runs/assets")
 def test_in_a_real_llama_at_every_depth_and_in_bfloat16(monkeypatch):
     llm = load(LLMConfig(model=str(REAL)), CPU)

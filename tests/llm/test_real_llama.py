@@ -14,7 +14,7 @@ from gsae.llm.site import Tail, capture, resolve_sites, substitute
 CPU = torch.device("cpu")
 PREPARE = Path(__file__).parents[2] / "launch" / "prepare_demo.py"
 
-pytestmark = [pytest.mark.demo, pytest.mark.slow]
+pytestmark = [pytest.mark.demo]
 
 
 @pytest.fixture(scope="module")

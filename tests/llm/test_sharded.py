@@ -296,7 +296,6 @@ def test_evaluation_refuses_a_split_llm_in_one_line(pipeline):
 
 
 @pytest.mark.demo
-@pytest.mark.slow
 @pytest.mark.skipif(not REAL.exists(), reason="the demo's LLM is not prepared: python launch/prepare_demo.py runs/assets")
 def test_a_real_llama_gives_the_same_activations_split():
     ranks.run(2, check_activations, REAL, "bfloat16", 15, timeout_seconds=600)

@@ -1,0 +1,129 @@
+"""Ranks, groups and collectives. In: what the launcher set in the environment. Out: `World` and `Group`.
+
+The only room that imports accelerate, deepspeed and torch.distributed. One process is a world of one rank with real process
+groups, so no caller has a case for it.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+from gsae.errors import ConfigError, RankMismatchError
+from gsae.world.board import Board
+from gsae.world.group import Group, lanes_of, without_sum
+from gsae.world.zero3 import Zero3
+
+__all__ = ["Board", "Group", "World", "Zero3", "cut_into_groups", "lanes_of", "start", "without_sum"]
+
+
+@dataclass(frozen=True)
+class World:
+    """All ranks of the job, and the groups they were cut into."""
+
+    everyone: Group
+    """All ranks."""
+    group: Group
+    """The group this rank belongs to."""
+    num_groups: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for the job."""
+        return self.everyone.is_first
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.everyone.device
+
+    def next_ticket(self, queue: str) -> int:
+        """A number 0, 1, 2, ... that no other group gets from this queue; the same on all ranks of the group."""
+        store = dist.distributed_c10d._get_default_store()
+        ticket = store.add(f"gsae/{queue}", 1) - 1 if self.group.is_first else None
+        return self.group.broadcast_object(ticket)
+
+    def board(self, name: str) -> Board:
+        """The board of this name, the same for all ranks, on a connection of its own: what another thread waits for does not hold it up."""
+        store = dist.distributed_c10d._get_default_store()
+        return Board(dist.PrefixStore(f"gsae/{name}", store.clone()))  # type: ignore[attr-defined]
+
+
+def _choose_device(wanted: str, local_rank: int) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda' but torch sees no CUDA device; set device: cpu, or install a CUDA build of torch")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise RankMismatchError(
+            f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} on this host); start at most one process a GPU"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def start(device: str = "auto", num_groups: int = 1, timeout_seconds: float = 1800) -> Iterator[World]:
+    """Join the launcher's ranks (or be a world of one), cut them into groups, and leave cleanly.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+        num_groups: number of groups; must divide the number of ranks.
+        timeout_seconds: how long a collective waits for a missing rank.
+
+    Raises:
+        RankMismatchError: accelerate sees another number of ranks than the launcher announced.
+        ConfigError: the ranks cannot be cut into so many groups, or the device is not there.
+    """
+    launched_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = _choose_device(device, local_rank)
+    backend = "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl"
+    timeout = timedelta(seconds=timeout_seconds)
+    with tempfile.TemporaryDirectory() as scratch:
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        if not dist.is_initialized():
+            if "RANK" in os.environ:
+                dist.init_process_group(backend, timeout=timeout)
+            else:
+                alone = f"file://{scratch}/rendezvous"
+                dist.init_process_group(backend, init_method=alone, rank=0, world_size=1, timeout=timeout)
+        try:
+            state = PartialState(cpu=chosen.type == "cpu")
+            if state.num_processes != launched_size or dist.get_world_size() != launched_size:
+                raise RankMismatchError(
+                    f"the launcher announced {launched_size} ranks, accelerate sees {state.num_processes}; "
+                    "for CPU ranks use launch/accelerate/cpu.yaml (distributed_type MULTI_GPU with use_cpu false)"
+                )
+            yield cut_into_groups(chosen, num_groups, timeout)
+        finally:
+            dist.destroy_process_group()
+
+
+def cut_into_groups(device: torch.device, num_groups: int, timeout: timedelta = timedelta(minutes=30)) -> World:
+    """Make all process groups, on all ranks in the same order (`new_group` is collective over the world)."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    if num_groups > size or size % num_groups:
+        possible = [n for n in range(1, size + 1) if size % n == 0]
+        error = ConfigError(
+            f"train.groups is {num_groups} but there are {size} ranks; set it to one of {possible}, "
+            f"or start a multiple of {num_groups} ranks"
+        )
+        error.spoken_by = 0
+        raise error
+    everyone = Group(tuple(range(size)), rank, device, dist.new_group(list(range(size)), timeout=timeout))
+    size_of_group = size // num_groups
+    mine: Group | None = None
+    for first in range(0, size, size_of_group):
+        ranks = tuple(range(first, first + size_of_group))
+        process_group = dist.new_group(list(ranks), timeout=timeout)
+        if rank in ranks:
+            mine = Group(ranks, rank - first, device, process_group)
+    assert mine is not None
+    return World(everyone, mine, num_groups)
