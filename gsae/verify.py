@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from gsae.errors import CheckpointError
-from gsae.store.manifest import IDENTITY_FILE
+from gsae.errors import CheckpointError, StoreError
+from gsae.store.manifest import IDENTITY_FILE, MANIFEST_FILE, load
+from gsae.store.parts import is_in_parts, is_used, load_visit, read_used
 from gsae.store.repair import repair as repair_store
 from gsae.store.runs import checkpoints, damage, find_runs
 from gsae.store.verify import verify as verify_store
@@ -32,11 +33,13 @@ def verify(path: Path, repair: bool = False) -> Verification:
     Raises:
         CheckpointError: there is neither a store nor a run.
     """
-    stores = sorted({found.parent for found in path.rglob(IDENTITY_FILE)})
+    in_parts = sorted(found.parent for found in path.rglob(MANIFEST_FILE) if is_in_parts(found.parent))
+    stores = sorted(found.parent for found in path.rglob(IDENTITY_FILE) if not is_used(found.parent))
     runs = find_runs(path)
-    if not stores and not runs:
+    if not in_parts and not stores and not runs:
         raise CheckpointError(f"{path} holds neither an activation store nor a run; give a directory that gsae harvest or gsae train wrote")
-    problems, removed, num_repaired = [], [], 0
+    removed, num_repaired = [], 0
+    problems = [problem for store in in_parts for problem in _about_parts(store)]
     for store in stores:
         findings = verify_store(store)
         problems += [finding.problem for finding in findings]
@@ -46,4 +49,23 @@ def verify(path: Path, repair: bool = False) -> Verification:
     found = [checkpoint for run in runs for checkpoint in checkpoints(run)]
     problems += [problem for checkpoint in found for problem in damage(checkpoint.path)]
     checked = f"{len(stores)} stores, {len(runs)} runs with {len(found)} checkpoints"
+    if in_parts:
+        checked = f"{len(in_parts)} stores in parts, {checked}"
     return Verification(checked, problems, removed, num_repaired)
+
+
+def _about_parts(store: Path) -> list[str]:
+    """What is wrong with what the parts of a store share, and with parts that are not of this store; they are read as other stores are."""
+    try:
+        manifest, used = load(store), read_used(store)
+        visits = sorted(int(directory.name.partition("-")[2]) for directory in store.glob("part-[0-9]*"))
+    except StoreError as error:
+        return [str(error)]
+    problems = []
+    for visit in visits:
+        try:
+            if visit >= used.visits:
+                load_visit(store, manifest, visit)
+        except StoreError as error:
+            problems.append(str(error))
+    return problems

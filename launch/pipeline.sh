@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All four stages of one config: harvest, train, evaluate, report.
+# All four stages of one config: harvest, train, evaluate, report. With corpus.parts harvest and train take turns until training ends.
 #   bash launch/pipeline.sh CONFIG [NUM_RANKS] [--section.field value ...]
 # With one rank the stages run as plain processes; with more, accelerate starts them on this host.
 # ACCELERATE_CONFIG chooses the launch config (by default GPUs where there are some, else CPU ranks);
@@ -43,5 +43,13 @@ run_stage() {
 
 run_stage harvest "$num_ranks" "$@"
 run_stage train "${TRAIN_RANKS:-$num_ranks}" "$@"
+output=$("$python" -c 'import sys; from gsae.settings import read_config; print(read_config("train", sys.argv[1:]).output)' "$config" "$@")
+before=
+# The file says for which part training waits; it ends when that is no longer another one than before.
+while [ -e "$output/waiting.json" ] && [ "$(cat "$output/waiting.json")" != "$before" ]; do
+  before=$(cat "$output/waiting.json")
+  run_stage harvest "$num_ranks" "$@"
+  run_stage train "${TRAIN_RANKS:-$num_ranks}" "$@"
+done
 run_stage evaluate "$num_ranks" "$@"
 "$python" -m gsae report "$config" "$@"

@@ -8,7 +8,7 @@ import hashlib
 import heapq
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,16 @@ Split = Literal["training", "held_out"]
 _TEXT_VERSION = 1
 """Raised when the same files come to give other documents, pieces or text."""
 
-_USUAL_COLUMNS = {"text_column": "text", "id_column": None}
+_USUAL = {"text_column": "text", "id_column": None, "parts": 1}
+"""Settings that the identity leaves out where they have these values, as it did before they could have others."""
+
+
+@dataclass(frozen=True)
+class CorpusPart(CorpusConfig):
+    """One of the corpus.parts parts of the training text, as a corpus of its own; what is held out is the same in all of them."""
+
+    part: int = 0
+    """Which one, from 0."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class Document:
     """One document of a split."""
 
     index: int
-    """Ordinal among the documents of its split, in corpus order."""
+    """Ordinal among the documents of its split, or of a part of the training text, in corpus order."""
     id: str
     """Its name in the corpus: page id, FEVER's page name, or the like."""
     text: str
@@ -60,6 +69,16 @@ def seeded_hash(purpose: str, seed: int, name: str) -> int:
     # JSON can spell an id with half a surrogate pair, which strict UTF-8 refuses.
     content = f"{purpose}:{seed}:{name}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+
+
+def part_of(config: CorpusConfig, part: int) -> CorpusPart:
+    """One part of a corpus."""
+    return CorpusPart(**_settings(config), part=part)
+
+
+def part_of_document(config: CorpusConfig, id: str) -> int:
+    """The part that a training document belongs to."""
+    return seeded_hash("part", config.seed, id) % config.parts
 
 
 def read_documents(config: CorpusConfig, split: Split) -> Iterator[Document]:
@@ -124,14 +143,13 @@ def cut_at_whitespace(text: str, max_characters: int) -> Iterator[str]:
 def corpus_identity(config: CorpusConfig) -> dict[str, Any]:
     """What decides the pieces and their lanes, as plain data: the settings, and where the text comes from.
 
-    Files are given by name and size, a data set by its revision or fingerprint. Columns that have their usual names are left out, as
-    they were before they could have others.
+    Files are given by name and size, a data set by its revision or fingerprint.
 
     Raises:
         CorpusError: corpus.path is empty, matches no file, or names no data set.
     """
     settings = asdict(config)
-    for name in ("path", "dataset", *(name for name, usual in _USUAL_COLUMNS.items() if settings[name] == usual)):
+    for name in ("path", "dataset", *(name for name, usual in _USUAL.items() if settings[name] == usual)):
         del settings[name]
     return {"text_version": _TEXT_VERSION, **settings, **describe(config)}
 
@@ -150,7 +168,7 @@ def _read_split(config: CorpusConfig, split: Split, first_document: int, bookmar
         if largest is not None and seeded_hash("selection", config.seed, entry.id) > largest:
             continue
         num_entries += 1
-        if _is_held_out(config, entry) == (split == "held_out"):
+        if _is_held_out(config, entry) == (split == "held_out") and (split == "held_out" or _is_in_part(config, entry)):
             yield index, entry
             index += 1
     if index == 0:
@@ -163,6 +181,11 @@ def _why_empty(config: CorpusConfig, split: Split, num_entries: int) -> str:
         has_columns = config.format in ("jsonl", "parquet", "datasets")
         check = f"it, corpus.format and corpus.text_column ({config.text_column})" if has_columns else "it and corpus.format"
         return f"corpus.path is {config.path!r}, which holds no {config.format} text; check {check}"
+    if split == "training" and isinstance(config, CorpusPart):
+        return (
+            f"part {config.part} of the {config.parts} of {config.path!r} has none of its {num_entries} documents; "
+            "lower corpus.parts, or give more documents"
+        )
     kind, change = ("held out", "raise") if split == "held_out" else ("training text", "lower")
     return (
         f"none of the {num_entries} documents of {config.path!r} is {kind}; "
@@ -174,10 +197,11 @@ def _largest_selected_hash(config: CorpusConfig, bookmarks: Bookmarks | None) ->
     """The bound of the selection; None where all documents are taken."""
     if config.max_documents is None:
         return None
+    whole = CorpusConfig(**_settings(config))  # all parts share one pass
     if bookmarks is None:
-        return _find_largest_selected_hash(config)
+        return _find_largest_selected_hash(whole)
     if bookmarks.largest_hash is None:
-        bookmarks.largest_hash = _find_largest_selected_hash(config)
+        bookmarks.largest_hash = _find_largest_selected_hash(whole)
         bookmarks.save()
     return bookmarks.largest_hash
 
@@ -197,6 +221,15 @@ def _most_pieces(config: CorpusConfig, entry: Entry) -> int:
 
 def _is_held_out(config: CorpusConfig, entry: Entry) -> bool:
     return seeded_hash("split", config.seed, entry.id) < config.held_out_fraction * 2**64
+
+
+def _is_in_part(config: CorpusConfig, entry: Entry) -> bool:
+    return not isinstance(config, CorpusPart) or part_of_document(config, entry.id) == config.part
+
+
+def _settings(config: CorpusConfig) -> dict[str, Any]:
+    """The fields of a corpus, or of the one that a part is of."""
+    return {field.name: getattr(config, field.name) for field in fields(CorpusConfig)}
 
 
 def _plain_text(config: CorpusConfig, entry: Entry) -> str:

@@ -6,7 +6,7 @@ Beside the SAE itself (`sae.safetensors`, `sae.json`) stand `state.safetensors` 
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from gsae.errors import CheckpointError
 from gsae.sae.formats import read_sae, save_sae
 from gsae.store.durable import fsync_file, write_aside
 from gsae.store.runs import METRICS_FILE, checkpoints, prune_checkpoints, read_run, remove_checkpoint, require_whole, write_checkpoint
-from gsae.train.bank import Bank, Run
+from gsae.train.bank import Bank, Position, Run
 
 STATE_TENSORS_FILE = "state.safetensors"
 STATE_FILE = "state.json"
@@ -33,6 +33,8 @@ class ResumePoint:
     """The newest step that every unfinished run has whole; 0 starts anew."""
     sources: dict[str, Path | None]
     """The checkpoint of that step of each unfinished run; None at step 0."""
+    position: Position | None
+    """Where in a store in parts that is; None at step 0, and in a store that is not in parts."""
 
 
 def save_runs(bank: Bank, runs: Sequence[Run]) -> None:
@@ -61,6 +63,8 @@ def _fill(bank: Bank, run: Run, directory: Path) -> None:
     features = {"resampled": run.resampled.cpu(), "dead": run.training.dead.cpu()}
     save_file({**optimizer, **firing, **features}, directory / STATE_TENSORS_FILE)
     counters = {name: getattr(run, name) for name in COUNTERS} | {"is_sparse": run.training.is_sparse}
+    if bank.position is not None:
+        counters["position"] = asdict(bank.position)
     (directory / STATE_FILE).write_text(json.dumps({"step": bank.step, **counters}, indent=1) + "\n")
 
 
@@ -70,9 +74,8 @@ def find_resume_point(directories: dict[str, Path], first_checkpoint: int) -> Re
     Raises:
         CheckpointError: a checkpoint to continue from is damaged, or a run was added to others that have already begun.
     """
-    unfinished = {name: directory for name, directory in directories.items() if not _has_ended(directory)}
-    steps = {name: {checkpoint.step: checkpoint.path for checkpoint in checkpoints(run)} for name, run in unfinished.items()}
-    step = max(set.intersection(*map(set, steps.values())) if steps else (), default=0)
+    steps = _unfinished_steps(directories)
+    step = _common_step(steps)
     ahead = [name for name, found in steps.items() if step == 0 and max(found, default=0) > first_checkpoint]
     if ahead:
         new = next((name for name, found in steps.items() if not found), ahead[0])
@@ -85,7 +88,33 @@ def find_resume_point(directories: dict[str, Path], first_checkpoint: int) -> Re
             require_whole(found[step])
         for newer in [path for at, path in found.items() if at > step]:
             remove_checkpoint(newer)
-    return ResumePoint(step, {name: found[step] if step else None for name, found in steps.items()})
+    position = next((_read_position(found[step]) for found in steps.values() if step), None)
+    return ResumePoint(step, {name: found[step] if step else None for name, found in steps.items()}, position)
+
+
+def find_resume_position(directories: dict[str, Path]) -> Position | None:
+    """Where in a store in parts the runs in these directories will continue; None where all have ended. Nothing is changed.
+
+    Raises:
+        CheckpointError: a checkpoint to continue from is damaged.
+    """
+    steps = _unfinished_steps(directories)
+    step = _common_step(steps)
+    for found in steps.values():
+        if step:
+            require_whole(found[step])
+    return next(((_read_position(found[step]) if step else None) or Position(0, 0) for found in steps.values()), None)
+
+
+def _unfinished_steps(directories: dict[str, Path]) -> dict[str, dict[int, Path]]:
+    """The checkpoints of each unfinished run, by step."""
+    unfinished = {name: directory for name, directory in directories.items() if not _has_ended(directory)}
+    return {name: {checkpoint.step: checkpoint.path for checkpoint in checkpoints(run)} for name, run in unfinished.items()}
+
+
+def _common_step(steps: dict[str, dict[int, Path]]) -> int:
+    """The newest step that all runs have; 0 where there is none."""
+    return max(set.intersection(*map(set, steps.values())) if steps else (), default=0)
 
 
 def _has_ended(run: Path) -> bool:
@@ -102,6 +131,11 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{checkpoint / STATE_FILE}: {error}; delete {checkpoint} and train again") from error
     return state
+
+
+def _read_position(checkpoint: Path) -> Position | None:
+    position = _read_state(checkpoint).get("position")
+    return Position(**position) if position else None
 
 
 def restore_run(run: Run, checkpoint: Path) -> None:

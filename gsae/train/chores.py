@@ -32,8 +32,8 @@ def checkpoint_interval(total_steps: int, config: TrainConfig) -> int:
 
 
 def is_checkpoint_due(bank: Bank) -> bool:
-    """Whether the step just made ends with a checkpoint; the last one does."""
-    return bank.step % checkpoint_interval(bank.spec.total_steps, bank.config) == 0 or bank.step == bank.spec.total_steps
+    """Whether the step just made ends with a checkpoint; the last one does, and the last one of a part."""
+    return bank.step % checkpoint_interval(bank.spec.total_steps, bank.config) == 0 or bank.step == bank.until
 
 
 def write_metrics(bank: Bank, run: Run, kind: str, values: dict[str, Any]) -> None:
@@ -229,7 +229,7 @@ class SaveCheckpoints:
     """A checkpoint of every run that trains, or has just finished."""
 
     def is_due(self, bank: Bank) -> bool:
-        """Every `train.checkpoint_every_fraction` of the run, and at its end."""
+        """Every `train.checkpoint_every_fraction` of the run, at the end of a part, and at the run's."""
         return is_checkpoint_due(bank)
 
     def run(self, bank: Bank) -> None:

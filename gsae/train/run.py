@@ -4,7 +4,6 @@ Groups take sites from a queue; all runs of a site train together from one strea
 ended, and does nothing where there is nothing left to do.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ from gsae.settings import dump_config
 from gsae.store import manifest as manifests
 from gsae.store.durable import make_directory, require_writable, write_json_atomically
 from gsae.store.manifest import Manifest
+from gsae.store.parts import num_parts, visit_directory
 from gsae.store.runs import RUN_FILE, STOPPED_FILE, find_difference, read_run
-from gsae.store.stream import Stream
-from gsae.train.bank import Bank, Run, make_run, train
+from gsae.train.bank import Bank, Chore, Position, Run, make_run, train
 from gsae.train.checkpoint import ResumePoint, find_resume_point, restore_run, truncate_metrics
 from gsae.train.chores import ChooseStep, Log, Resample, SaveCheckpoints, checkpoint_interval
+from gsae.train.parts import find_stretch, record_waiting, remove_finished_parts, require_same_parts
 from gsae.train.plan import BankSpec, describe_run, outline, plan_banks
 from gsae.train.stop import StopOnRequest, StopRequest
 from gsae.world import Group, World, lanes_of
@@ -50,7 +50,21 @@ def run_train(config: Config, world: World) -> None:
             if not has_ended:
                 console.say(f"stopped on request; the same command continues from here ({output / STOPPED_FILE})")
                 return
-    console.say("training: no site is left")
+    if num_parts(manifest) == 1:
+        console.say("training: no site is left")
+    elif world.next_ticket("done") == world.num_groups - 1:
+        world.group.on_first(lambda: _leave(config, manifest, banks, console))
+
+
+def _leave(config: Config, manifest: Manifest, banks: list[BankSpec], console: Console) -> None:
+    """What the last group does when no group trains any more."""
+    visit = remove_finished_parts(config, manifest, banks)
+    record_waiting(config, visit)
+    if visit is None:
+        console.write("training: no site is left, and the parts of the store are removed")
+    else:
+        part = visit_directory(Path(config.store_directory), visit)
+        console.write(f"training: waits for {part}; run gsae harvest, then gsae train again")
 
 
 def _check_store(config: Config, manifest: Manifest) -> None:
@@ -58,6 +72,7 @@ def _check_store(config: Config, manifest: Manifest) -> None:
         raise ConfigError(
             f"corpus.num_lanes is {config.corpus.num_lanes} but the store has {manifest.num_lanes} lanes; set it to {manifest.num_lanes}"
         )
+    require_same_parts(config, manifest)
 
 
 def _prepare_directories(config: Config, manifest: Manifest, banks: list[BankSpec]) -> None:
@@ -69,11 +84,14 @@ def _prepare_directories(config: Config, manifest: Manifest, banks: list[BankSpe
     for directory, run in wanted.items():
         if directory not in new:
             _require_same(directory, read_run(directory), run)
+    if num_parts(manifest) > 1:
+        remove_finished_parts(config, manifest, banks)  # also what an interrupted removal left
     for directory, run in new.items():
         make_directory(directory)
         (directory / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         write_json_atomically(directory / RUN_FILE, run)
     (output / STOPPED_FILE).unlink(missing_ok=True)
+    record_waiting(config, None)
 
 
 def _require_same(directory: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -88,7 +106,7 @@ def _require_same(directory: Path, there: dict[str, Any], wanted: dict[str, Any]
 
 
 def _train_bank(config: Config, manifest: Manifest, spec: BankSpec, world: World, console: Console, request: StopRequest) -> bool:
-    """Train the runs of one site to their end; False when a request stopped it before."""
+    """Train the runs of one site to their end, or as far as the parts of the store go; False when a request stopped it before."""
     group, site = world.group, manifest.sites[spec.site]
     directories = {run.name: Path(config.output) / spec.site / run.name for run in spec.runs}
     interval = checkpoint_interval(spec.total_steps, config.train)
@@ -97,29 +115,28 @@ def _train_bank(config: Config, manifest: Manifest, spec: BankSpec, world: World
         if group.is_first:
             console.write(f"{spec.site}: all {len(spec.runs)} runs have ended before")
         return True
+    position = point.position or Position(0, point.step * spec.batch_rows)  # of a store in one part all rows are of visit 0
+    first_step = point.step - position.rows // spec.batch_rows
+    stretch = find_stretch(config, manifest, spec, group, position.visit, first_step)
+    if stretch is None:
+        return True
     with group.together():
         runs = [make_run(run, directories[run.name], config.train, site, group) for run in spec.runs if run.name in point.sources]
         _resume(runs, point, group)
-        open_stream = partial(
-            Stream,
-            Path(config.store_directory),
-            spec.site,
-            lanes_of(group, manifest.num_lanes),
-            batch_rows=spec.batch_rows,
-            window_rows=config.train.window_rows,
-            seed=config.train.seed,
-            verify_shards=config.train.verify_shards,
-        )
-        stream = open_stream()
     variance = 1.0 if config.train.scale_activations else site.scale**-2
     names = [run.spec.name for run in runs]
-    with stream, console.training(spec.site, names, spec.total_rows, group.is_first, world.num_groups) as view:
-        bank = Bank(spec, config.train, group, open_stream, stream, runs, variance, point.step)
-        stream.seek(bank.rows)
+    with console.training(spec.site, names, spec.total_rows, group.is_first, world.num_groups) as view:
+        bank = Bank(spec, config.train, group, stretch, runs, variance, point.step)
         if point.step:
             view.say(f"continues at step {point.step} of {spec.total_steps}")
         log = Log(view)
-        train(bank, [log, ChooseStep(), Resample(bank, view), SaveCheckpoints(), StopOnRequest(request, log)])
+        chores: list[Chore] = [log, ChooseStep(), Resample(bank, view), SaveCheckpoints(), StopOnRequest(request, log)]
+        while stretch is not None:
+            bank.stretch = stretch
+            train(bank, chores)
+            if bank.stopping or not bank.active_runs:
+                break
+            stretch = find_stretch(config, manifest, spec, group, stretch.visit + 1, stretch.end_step)
     return not bank.stopping
 
 
