@@ -52,6 +52,8 @@ def cut(config: Config, tokens: int, num_lanes: int = 2) -> Config:
 def timed(work: Callable[[], object]) -> float:
     begun = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - begun
 
 
@@ -100,12 +102,13 @@ def measure(config: Config, world: World) -> dict[str, object]:
 
         def bare() -> None:
             for batch in batches:
-                capture(truncated.model, layout.sites[-1:], batch.tokens, batch.positions)
+                capture(truncated.model, layout.sites[-1:], batch.tokens.to(world.device), batch.positions.to(world.device))
 
         def full() -> None:
             for batch in batches:
                 with torch.no_grad():
-                    whole.model(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False)
+                    tokens, positions = batch.tokens.to(world.device), batch.positions.to(world.device)
+                    whole.model(input_ids=tokens, position_ids=positions, use_cache=False)
 
         works: dict[str, Callable[[], object]] = {
             "bare": bare,

@@ -88,12 +88,12 @@ class Console:
             view.close()
 
     @contextmanager
-    def progress(self, title: str, total: int, unit: str, done: int = 0) -> "Iterator[ProgressBar]":
+    def progress(self, title: str, total: int | None, unit: str, done: int = 0) -> "Iterator[ProgressBar]":
         """One bar over the work of all ranks, shown by the first.
 
         Args:
             title: what is being done.
-            total: how many units there are, over all ranks.
+            total: how many units there are, over all ranks; None where that is not known.
             unit: their name, in the plural.
             done: how many an interrupted job had done before.
         """
@@ -215,7 +215,7 @@ class ProgressBar:
     """Work done out of a total: a bar on a terminal, elsewhere a plain line from time to time and at the end."""
 
     def __init__(
-        self, console: Console, title: str, total: int, unit: str, done: int, is_shown: bool, terminal: "RichConsole | None"
+        self, console: Console, title: str, total: int | None, unit: str, done: int, is_shown: bool, terminal: "RichConsole | None"
     ) -> None:
         self._console = console
         self._title, self._total, self._unit = title, total, unit
@@ -242,7 +242,7 @@ class ProgressBar:
         """
         with self._lock:
             self._done, self._extra = done, extra
-            self._total = max(self._total, done)
+            self._total = None if self._total is None else max(self._total, done)
             if self._is_shown and not self._is_closed and self._pace.is_due():
                 self._write()
 
@@ -268,16 +268,19 @@ class ProgressBar:
     def _write(self) -> None:
         seconds = time.monotonic() - self._start
         rate = (self._done - self._done_before) / seconds if seconds > 0 else 0.0
-        if self._done < self._total:
-            when = f"ETA {format_duration((self._total - self._done) / rate if rate > 0 else None)}"
+        if self._total is None:
+            when, share, of_all = format_duration(seconds), "", ""
         else:
-            when = f"took {format_duration(seconds)}"
-        share = f"{100 * self._done // max(self._total, 1)}%"
+            left = self._total - self._done
+            when = f"ETA {format_duration(left / rate if rate > 0 else None)}" if left > 0 else f"took {format_duration(seconds)}"
+            share, of_all = f"{100 * self._done // max(self._total, 1)}%", " of "
         rest = ", ".join(filter(None, (f"{format_count(rate)}/s", when, self._extra)))
         if self._live is None:
-            self._console.write(f"{self._title}: {share}, {self._done:,} of {self._total:,} {self._unit}, {rest}")
+            counts = f"{self._done:,}{of_all}{f'{self._total:,}' if of_all else ''} {self._unit}"
+            self._console.write(f"{self._title}: {', '.join(filter(None, (share, counts, rest)))}")
         else:
-            numbers = f"{share} {format_count(self._done)} of {format_count(self._total)} {self._unit}, {rest}"
+            counts = f"{format_count(self._done)}{of_all}{format_count(self._total) if of_all else ''} {self._unit}"
+            numbers = f"{share} {counts}, {rest}".lstrip()
             self._live.update(self._live.task_ids[0], total=self._total, completed=self._done, numbers=numbers, refresh=True)
 
 

@@ -416,6 +416,22 @@ def test_a_first_rank_that_holds_the_rendezvous_leaves_when_the_others_know_how_
         assert complaints(started) == said
 
 
+def stuck_between_turns(life: Heartbeat, rank: int, folder: Path) -> None:
+    """All ranks take turns in a collective, as forwards of a split LLM are; one does not come to the third."""
+    for turn in range(3):
+        if rank == 2 and turn == 2:
+            time.sleep(600)
+        life.beat(turns=1)
+        dist.all_reduce(torch.zeros(1))
+
+
+def test_where_ranks_take_turns_the_one_that_is_behind_is_named_alone(tmp_path):
+    with ranks.started(4, command, stuck_between_turns, tmp_path) as started:
+        assert started.wait(60) == [2] * 4
+        (line,) = complaints(started)
+    assert f"rank 2 on {HOST} has got no further" in line
+
+
 def test_of_many_silent_ranks_a_few_are_named():
     signs = [Sign(f"node{rank}", 5, {"tokens": 120_832, "shards": 3}, "working", None, False) for rank in range(9)]
     advice = "then run the same again: the harvest continues where it is (stall_timeout_seconds)"

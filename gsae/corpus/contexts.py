@@ -112,9 +112,7 @@ class Packer:
         packed: whether a context may hold several segments; otherwise each has a context of its own.
     """
 
-    def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", context_length: int, start: Cursor | None = None, packed: bool = True
-    ) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", context_length: int, start: Cursor | None = None, packed: bool = True) -> None:
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._start = start or Cursor(0, 0, 0)

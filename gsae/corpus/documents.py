@@ -9,7 +9,6 @@ import heapq
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,7 +86,7 @@ def read_documents(config: CorpusConfig, split: Split) -> Iterator[Document]:
     Raises:
         CorpusError: the text is missing or damaged, or the split is empty.
     """
-    return (Document(index, entry.id, _plain_text(config, entry)) for index, entry in _read_split(config, split, 0, None))
+    return (Document(index, entry.id, _plain_text(config, entry)) for index, entry in _read_split(config, split, 0, None, lambda: None))
 
 
 def read_pieces(
@@ -97,6 +96,7 @@ def read_pieces(
     *,
     first_document: int = 0,
     bookmarks: Bookmarks | None = None,
+    on_entry: Callable[[], None] = lambda: None,
 ) -> Iterator[Piece]:
     """The split's documents cut into pieces of at most corpus.piece_characters, in order.
 
@@ -107,12 +107,13 @@ def read_pieces(
             document is not looked at where none of the pieces it can have is wanted.
         first_document: Document.index of the first that is wanted; what stands before is skipped as far as the format allows.
         bookmarks: those of this corpus and split (`open_bookmarks`), to begin at and to add to; None reads from the beginning.
+        on_entry: called for each entry that is read, wanted or not, as a sign of life; what it raises ends the reading.
 
     Raises:
         CorpusError: the text is missing or damaged, or the split is empty.
     """
     limit = config.piece_characters
-    for index, entry in _read_split(config, split, first_document, bookmarks):
+    for index, entry in _read_split(config, split, first_document, bookmarks, on_entry):
         if index < first_document:
             continue
         if wanted is not None and not any(wanted(index, piece) for piece in range(_most_pieces(config, entry))):
@@ -154,15 +155,18 @@ def corpus_identity(config: CorpusConfig) -> dict[str, Any]:
     return {"text_version": _TEXT_VERSION, **settings, **describe(config)}
 
 
-def _read_split(config: CorpusConfig, split: Split, first_document: int, bookmarks: Bookmarks | None) -> Iterator[tuple[int, Entry]]:
+def _read_split(
+    config: CorpusConfig, split: Split, first_document: int, bookmarks: Bookmarks | None, on_entry: Callable[[], None]
+) -> Iterator[tuple[int, Entry]]:
     """The numbered entries of a split, in corpus order, from the last bookmark before `first_document` on.
 
     With corpus.max_documents those are the entries with the smallest hashes; entries of one id go together.
     """
-    largest = _largest_selected_hash(config, bookmarks)
+    largest = _largest_selected_hash(config, bookmarks, on_entry)
     start = bookmarks.before(first_document) if bookmarks is not None else Bookmark(0, Place())
     num_entries, index = 0, start.document
     for entry in read_entries(config, start.place):
+        on_entry()
         if bookmarks is not None and entry.place is not None:
             bookmarks.note(index, entry.place)
         if largest is not None and seeded_hash("selection", config.seed, entry.id) > largest:
@@ -193,24 +197,34 @@ def _why_empty(config: CorpusConfig, split: Split, num_entries: int) -> str:
     )
 
 
-def _largest_selected_hash(config: CorpusConfig, bookmarks: Bookmarks | None) -> int | None:
+def _largest_selected_hash(config: CorpusConfig, bookmarks: Bookmarks | None, on_entry: Callable[[], None]) -> int | None:
     """The bound of the selection; None where all documents are taken."""
     if config.max_documents is None:
         return None
     whole = CorpusConfig(**_settings(config))  # all parts share one pass
     if bookmarks is None:
-        return _find_largest_selected_hash(whole)
+        return _find_largest_selected_hash(whole, on_entry)
     if bookmarks.largest_hash is None:
-        bookmarks.largest_hash = _find_largest_selected_hash(whole)
+        bookmarks.largest_hash = _find_largest_selected_hash(whole, on_entry)
         bookmarks.save()
     return bookmarks.largest_hash
 
 
-@cache
-def _find_largest_selected_hash(config: CorpusConfig) -> int:
+_largest_selected_hashes: dict[CorpusConfig, int] = {}
+"""Of the corpora that this process has passed over."""
+
+
+def _find_largest_selected_hash(config: CorpusConfig, on_entry: Callable[[], None]) -> int:
     """One pass over the whole corpus, made once a process."""
-    hashes = (seeded_hash("selection", config.seed, entry.id) for entry in read_entries(config))
-    return max(heapq.nsmallest(config.max_documents or 0, hashes), default=0)
+
+    def hashes() -> Iterator[int]:
+        for entry in read_entries(config):
+            on_entry()
+            yield seeded_hash("selection", config.seed, entry.id)
+
+    if config not in _largest_selected_hashes:
+        _largest_selected_hashes[config] = max(heapq.nsmallest(config.max_documents or 0, hashes()), default=0)
+    return _largest_selected_hashes[config]
 
 
 def _most_pieces(config: CorpusConfig, entry: Entry) -> int:

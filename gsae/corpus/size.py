@@ -1,8 +1,6 @@
-"""How much training text there is. In: the corpus. Out: its documents, pieces and characters, from one pass; an estimate of its tokens."""
+"""How much training text there is. In: the corpus. Out: an estimate of its tokens; shards, and parts that fit on the disk."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from gsae.config import Config, CorpusConfig
@@ -14,38 +12,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+SAMPLE_CHARACTERS = 4_000_000
+SAMPLE_PIECES = 200
 PARTS_AT_ONCE = 2
 """Parts of a corpus whose stores may be on the disk together: one that is trained on, one that is harvested meanwhile."""
-
-
-@dataclass(frozen=True)
-class CorpusSize:
-    """The training text."""
-
-    documents: int
-    pieces: int
-    characters: int
-
-
-def measure(config: CorpusConfig) -> CorpusSize:
-    """Count the training text.
-
-    Raises:
-        CorpusError: the text is missing, or a lane would be empty.
-    """
-    documents: set[int] = set()
-    lane_pieces = [0] * config.num_lanes
-    characters = 0
-    for piece in read_pieces(config, "training"):
-        documents.add(piece.document)
-        lane_pieces[piece.lane(config.num_lanes)] += 1
-        characters += len(piece.text)
-    if 0 in lane_pieces:
-        raise CorpusError(
-            f"the training text has {sum(lane_pieces)} pieces for {config.num_lanes} lanes, and lane {lane_pieces.index(0)} gets none; "
-            + cure_of_empty_lane(config)
-        )
-    return CorpusSize(len(documents), sum(lane_pieces), characters)
 
 
 def require_text_in_parts(config: CorpusConfig) -> None:
@@ -73,28 +43,39 @@ def cure_of_empty_lane(config: CorpusConfig) -> str:
     return f"lower {parts}corpus.num_lanes ({config.num_lanes}) or corpus.piece_characters, or give more text"
 
 
-def tokens_per_character(config: CorpusConfig, tokenizer: "PreTrainedTokenizerBase", num_pieces: int = 200) -> float:
-    """Tokens (BOS included) for each character of the first training pieces; for estimates."""
-    texts = [piece.text for piece in islice(read_pieces(config, "training"), num_pieces)]
-    return sum(1 + len(tokenise(tokenizer, text)) for text in texts) / max(1, sum(map(len, texts)))
-
-
 def shards_a_lane(config: Config) -> int | None:
     """Shards to harvest of each lane of a store; None for all of its text. With corpus.parts each of their stores takes an equal share."""
     tokens_a_round = config.corpus.num_lanes * config.harvest.contexts_per_shard * config.harvest.context_length * config.corpus.parts
     return None if config.harvest.max_tokens is None else -(-config.harvest.max_tokens // tokens_a_round)
 
 
-def expected_tokens(config: Config, tokenizer: Callable[[], "PreTrainedTokenizerBase"]) -> int:
-    """About how many tokens the LLM will compute: at most so many where harvest.max_tokens ends it, else from the length of the text.
+def expected_tokens(config: Config, tokenizer: Callable[[], "PreTrainedTokenizerBase"]) -> int | None:
+    """About how many tokens the LLM will compute, BOS included; None where that would take reading a large corpus.
 
-    Of a corpus in parts all parts are counted once; of one part (CorpusPart), that part.
+    At most so many where harvest.max_tokens ends it. Else the text is read up to SAMPLE_CHARACTERS: if that is not all of it, the
+    number of documents follows from corpus.max_documents, or is not known. Of a corpus in parts all parts are counted once; of one
+    part (CorpusPart), that part.
     """
-    limit = shards_a_lane(config)
+    corpus, limit = config.corpus, shards_a_lane(config)
     if limit is not None:
-        num_stores = 1 if isinstance(config.corpus, CorpusPart) else config.corpus.parts
-        return num_stores * limit * config.corpus.num_lanes * config.harvest.contexts_per_shard * config.harvest.context_length
-    return round(measure(config.corpus).characters * tokens_per_character(config.corpus, tokenizer()))
+        num_stores = 1 if isinstance(corpus, CorpusPart) else corpus.parts
+        return num_stores * limit * corpus.num_lanes * config.harvest.contexts_per_shard * config.harvest.context_length
+    characters, documents, texts, is_all = 0, set[int](), list[str](), True
+    for piece in read_pieces(corpus, "training"):
+        characters += len(piece.text)
+        documents.add(piece.document)
+        if len(texts) < SAMPLE_PIECES:
+            texts.append(piece.text)
+        if characters > SAMPLE_CHARACTERS:
+            is_all = False
+            break
+    if not is_all and corpus.max_documents is None:
+        return None
+    tokens = sum(1 + len(tokenise(tokenizer(), text)) for text in texts) * characters / max(1, sum(map(len, texts)))
+    if is_all or corpus.max_documents is None:
+        return round(tokens)
+    num_documents = corpus.max_documents * (1 - corpus.held_out_fraction) / (corpus.parts if isinstance(corpus, CorpusPart) else 1)
+    return round(tokens * num_documents / len(documents))
 
 
 def most_bytes_at_once(store_bytes: int, parts: int) -> int:

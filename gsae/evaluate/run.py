@@ -5,7 +5,7 @@ batch order, so the numbers do not depend on R.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,10 +103,12 @@ def run_evaluate(config: Config, world: World) -> None:
     if not plan.pending:
         console.say(f"evaluate: all {plan.num_done} runs below {config.output} have the results of their newest checkpoint")
         return
+    if config.llm.sharding != "replicate":
+        console.warn("evaluation runs parts of the LLM by themselves, so each rank holds it whole, whatever llm.sharding says")
     with everyone.together():
-        llm = load(config.llm, world.device)
+        llm = load(replace(config.llm, sharding="replicate", offload=False), world.device)
         sites = _load_sites(plan, llm, world.device)
-    length, packed = plan.manifest.context_length, plan.manifest.identity["packed"]
+    length, packed = plan.manifest.context_length, plan.manifest.identity.get("packed", True)
     contexts = everyone.on_first(lambda: held_out_contexts(config.corpus, config.evaluate, llm.tokenizer, length, packed))
     batches = cut_batches(contexts, config.evaluate.batch_contexts)
     console.say(
@@ -117,8 +119,6 @@ def run_evaluate(config: Config, world: World) -> None:
 
 
 def _plan(config: Config) -> Plan:
-    if config.llm.sharding == "zero3":
-        raise ConfigError("evaluation runs parts of the LLM by themselves, so each rank holds it whole; give --llm.sharding replicate")
     manifest, info = load_manifest(Path(config.store_directory)), describe(config.llm)
     _require_same_source(config, manifest, info)
     if (Path(config.output) / STOPPED_FILE).exists():

@@ -9,7 +9,9 @@ over them. LLM batches are cut within a shard, so that its rows depend on nothin
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 import torch
 
@@ -24,7 +26,7 @@ from gsae.llm.load import LLM
 from gsae.llm.lockstep import Lockstep
 from gsae.llm.site import capture
 from gsae.store.manifest import Layout
-from gsae.store.progress import ProgressLog, ShardRecord
+from gsae.store.progress import ProgressLog
 from gsae.world import Group
 
 BOOKMARKS_FILE = "bookmarks.json"
@@ -57,15 +59,19 @@ def harvest_lanes(
     """
     limit = shards_a_lane(config)
     missing = [LaneShards(log, llm.tokenizer, config, limit) for log in logs]
-    lockstep = Lockstep(group, llm.zero3 is not None, lambda: _dummy_forward(llm, layout))
-    pieces = _read_pieces(config, store, missing, beats)
+    lockstep = Lockstep(group, llm.zero3 is not None, lambda: _dummy_forward(llm, layout), lambda: beats.beat(turns=1))
+    abandoned = Event()
 
-    def count(record: ShardRecord) -> None:
-        beats.beat(shards=1, bytes=sum(site.tar.bytes for site in record.sites.values()))
+    def on_entry() -> None:
+        if abandoned.is_set():
+            raise _AbandonedError
+        beats.beat()
 
+    pieces = _read_pieces(config, store, missing, on_entry)
     with (
         ThreadPoolExecutor(1, thread_name_prefix="text") as reader,
-        ShardWriter(store, [site.name for site in layout.sites], layout.d_model, count) as writer,
+        _set_at_end(abandoned),  # the reader is waited for, and a failure here is not to wait until it has found the next shard
+        ShardWriter(store, [site.name for site in layout.sites], layout.d_model, beats) as writer,
     ):
         for shard in read_ahead(pending_shards(missing, pieces), reader):
             writer.begin(shard)
@@ -77,7 +83,19 @@ def harvest_lanes(
         lockstep.finish()
 
 
-def _read_pieces(config: Config, store: Path, missing: Sequence[LaneShards], beats: Heartbeat) -> Iterator[tuple[int, Piece]]:
+class _AbandonedError(Exception):
+    """What ends the reading of text that nobody wants any more."""
+
+
+@contextmanager
+def _set_at_end(event: Event) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        event.set()
+
+
+def _read_pieces(config: Config, store: Path, missing: Sequence[LaneShards], on_entry: Callable[[], None]) -> Iterator[tuple[int, Piece]]:
     """The pieces of the lanes from the first that is needed on, each with the place of its lane among `missing`."""
     places = {lane.number: place for place, lane in enumerate(missing)}
     incomplete = [lane.first_document for lane in missing if not lane.is_complete]
@@ -90,9 +108,9 @@ def _read_pieces(config: Config, store: Path, missing: Sequence[LaneShards], bea
         lambda document, piece: (document + piece) % num_lanes in places,
         first_document=min(incomplete),
         bookmarks=open_bookmarks(store / BOOKMARKS_FILE, config.corpus, "training"),
+        on_entry=on_entry,
     )
     for piece in pieces:
-        beats.beat()
         yield places[piece.lane(num_lanes)], piece
 
 

@@ -105,7 +105,7 @@ class RowHarvest:
         self._copies = HostCopies(llm.model.device)
 
     def __call__(self, batch: LLMBatch) -> HarvestedBatch:
-        """One forward; nothing here waits for the device."""
+        """One forward; what comes after it is queued on the device and not waited for."""
         device = self._llm.model.device
         tokens, positions, may_be_kept = (
             each.to(device, non_blocking=True) for each in (batch.tokens, batch.positions, batch.candidates.rows)

@@ -72,14 +72,14 @@ def _harvest_store(config: Config, info: LLMInfo, layout: Layout, load_llm: Call
         return
     llm = load_llm()
     median_norms = _median_norms(config, llm, layout, store, group)
-    total_tokens = group.on_first(lambda: expected_tokens(config, lambda: llm.tokenizer))
+    total = group.on_first(lambda: expected_tokens(config, lambda: llm.tokenizer))
     with group.together():
         logs = [ProgressLog.open(store, lane) for lane in lanes]
     before = _count_done(logs, config, group)
     rows = RowHarvest(config.harvest, llm, layout, median_norms)
     with (
-        console.progress("harvest", max(total_tokens, before.tokens), "tokens", before.tokens) as bar,
-        heartbeat(world, config.stall_timeout_seconds, _Display(bar, before, total_tokens // shard_tokens(config))) as beats,
+        console.progress("harvest", total, "tokens", before.tokens) as bar,
+        heartbeat(world, config.stall_timeout_seconds, _Display(bar, before, total and total // shard_tokens(config))) as beats,
     ):
         harvest_lanes(config, llm, rows, store, layout, logs, group, beats)
     group.on_first(lambda: _finish(store, console))
@@ -97,7 +97,9 @@ def _calibrate_parts(config: Config, identity: dict[str, Any], layout: Layout, l
     rows = RowHarvest(config.harvest, llm, layout, median_norms)
     totals = {site.name: no_rows(layout.d_model) for site in layout.sites}
     with group.together():
-        for batch in llm_batches(calibration_contexts(config, llm), config.harvest.batch_contexts, llm):
+        contexts = calibration_contexts(config, llm)
+    with group.together():
+        for batch in llm_batches(contexts, config.harvest.batch_contexts, llm):
             harvested = rows(batch)
             for name in totals:
                 totals[name] += harvested.rows_of(name)[1]
@@ -123,25 +125,24 @@ class _Done:
 
 
 def _count_done(logs: Sequence[ProgressLog], config: Config, group: Group) -> _Done:
-    whole = [record for log in logs for record in log.records() if not record.is_gap]
-    tokens = sum(record.contexts for record in whole) * config.harvest.context_length
+    whole = [shard for log in logs for shard in log.shards]
+    tokens = sum(shard.contexts for shard in whole) * config.harvest.context_length
     return _Done(*(sum(each) for each in zip(*group.gather_objects((tokens, len(whole))), strict=True)))
 
 
 class _Display:
     """Shows the counts of all ranks as they come in."""
 
-    def __init__(self, bar: ProgressBar, before: _Done, about_shards: int) -> None:
+    def __init__(self, bar: ProgressBar, before: _Done, about_shards: int | None) -> None:
         self._bar, self._before, self._about_shards = bar, before, about_shards
         self._start = time.monotonic()
 
     def __call__(self, totals: Mapping[str, int]) -> None:
         seconds = max(time.monotonic() - self._start, 1e-3)
         shards = self._before.shards + totals.get("shards", 0)
+        of_all = "" if self._about_shards is None else f" of about {max(shards, self._about_shards)}"
         speed = f"{totals.get('bytes', 0) / 1e6 / seconds:.3g} MB/s"
-        self._bar.show(
-            self._before.tokens + totals.get("tokens", 0), f"{speed}, {shards} of about {max(shards, self._about_shards)} shards"
-        )
+        self._bar.show(self._before.tokens + totals.get("tokens", 0), f"{speed}, {shards}{of_all} shards")
 
 
 def shard_tokens(config: Config) -> int:
@@ -168,8 +169,8 @@ def _settings(config: Config, info: LLMInfo) -> dict[str, Any]:
         "contexts_per_shard": harvest.contexts_per_shard,
         "batch_contexts": harvest.batch_contexts,
         "max_tokens": harvest.max_tokens,
-        "packed": harvest.packed,
         "calibration_contexts": harvest.calibration_contexts,
+        **({} if harvest.packed else {"packed": False}),  # left out where it is as usual, so that older stores are known again
     }
 
 
@@ -185,8 +186,10 @@ def _median_norms(config: Config, llm: LLM, layout: Layout, store: Path, group: 
     known = group.on_first(lambda: finish.read_calibration(store))
     if known is not None:
         return known
+    with group.together():  # reading may fail on one rank alone; forwards may be collectives
+        contexts = calibration_contexts(config, llm)
     with group.together():
-        median_norms = calibrate(calibration_contexts(config, llm), config.harvest, llm, layout.sites)
+        median_norms = calibrate(contexts, config.harvest, llm, layout.sites)
     median_norms = group.broadcast_object(median_norms)
     group.on_first(lambda: finish.write_calibration(store, median_norms))
     return median_norms

@@ -5,7 +5,7 @@ main threads wait only when the disk is slower than the LLM, so memory is bounde
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Self
 from gsae.errors import StoreError
 from gsae.harvest.pending import PendingShard
 from gsae.harvest.rows import HarvestedBatch
+from gsae.heartbeat import Heartbeat
 from gsae.store.progress import ShardRecord, SiteRecord
 from gsae.store.shards import open_tar, short_name, tar_path
 from gsae.store.statistics import no_rows
@@ -33,16 +34,18 @@ class ShardWriter:
         store: directory of the store.
         sites: names of its sites.
         d_model: width of a row.
-        on_shard: called with each shard's record once it is logged, in another thread.
+        beats: this rank's sign of life. It is given before a shard is logged, so that a rank that was given up logs no more, and counts
+            `shards` and `bytes` afterwards.
     """
 
-    def __init__(self, store: Path, sites: Sequence[str], d_model: int, on_shard: Callable[[ShardRecord], None]) -> None:
+    def __init__(self, store: Path, sites: Sequence[str], d_model: int, beats: Heartbeat) -> None:
         self._store = store
         self._sites = [_SiteWriter(store, site, d_model) for site in sites]
         self._logging = ThreadPoolExecutor(1, thread_name_prefix="progress logs")
-        self._on_shard = on_shard
+        self._beats = beats
         self._waiting: deque[list[Future[Any]]] = deque()
-        self._unlogged: deque[PendingShard] = deque()
+        self._unlogged: list[PendingShard] = []
+        self._has_failed = False
 
     def begin(self, shard: PendingShard) -> None:
         """The batches that follow are this shard's."""
@@ -63,13 +66,18 @@ class ShardWriter:
         self._wait_for([*parts.values(), self._logging.submit(self._log, self._unlogged[-1], parts)])
 
     def _log(self, shard: PendingShard, parts: dict[str, "Future[SiteRecord]"]) -> None:
+        if self._has_failed:
+            raise _AbandonedError
+        self._has_failed = True
         sites = {site: part.result() for site, part in parts.items()}
         start, end = shard.contexts[0].start, shard.contexts[-1].end
         record = ShardRecord(shard.log.lane, shard.index, len(shard.contexts), start, end, shard.last, sites)
+        self._beats.beat()
         with _named(f"the progress log of lane {shard.log.lane}", self._store):
             shard.log.add(record)
-        self._unlogged.popleft()
-        self._on_shard(record)
+        self._unlogged.remove(shard)
+        self._has_failed = False
+        self._beats.beat(shards=1, bytes=sum(site.tar.bytes for site in sites.values()))
 
     def _wait_for(self, new: list["Future[Any]"]) -> None:
         """Let no more than so much be under way."""

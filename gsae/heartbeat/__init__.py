@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from gsae.errors import GsaeError
-from gsae.heartbeat.signs import ADVICE, Sign, State, Verdict, describe_silence, failure_of
+from gsae.heartbeat.signs import ADVICE, Sign, State, Verdict, describe_silence, failure_of, find_behind
 from gsae.world import World
 
 INTERVAL_SECONDS = 1.0
@@ -226,7 +226,8 @@ class Heartbeat:
                 return sign.failure
         if all(sign is not None and sign.state == "done" for sign in signs):
             return Verdict(None)
-        return Verdict(describe_silence(signs, silent, self._timeout_seconds), 0, tuple(silent)) if silent else None
+        at_fault = find_behind(signs, silent)
+        return Verdict(describe_silence(signs, at_fault, self._timeout_seconds), 0, tuple(at_fault)) if silent else None
 
     def _silent(self, signs: Sequence[Sign | None], timeout_seconds: float) -> list[int]:
         seconds = [still.seconds(sign and sign.beats) for still, sign in zip(self._stillness, signs, strict=True)]

@@ -9,6 +9,8 @@ from gsae.errors import GsaeError
 
 ADVICE = "then run the same again: the harvest continues where it is"
 _NUM_NAMED = 3
+TURNS = "turns"
+"""A count of what all ranks do together, in step."""
 
 State = Literal["working", "done", "failed"]
 """Whether a rank's main thread is in the block, or how it left."""
@@ -72,6 +74,15 @@ def failure_of(rank: int, size: int, error: BaseException) -> Verdict:
     if error.spoken_by is not None:  # the ranks have agreed on it already
         return Verdict(str(error), error.spoken_by, (rank,))
     return Verdict(f"{error} (on rank {rank})", rank, (rank,))
+
+
+def find_behind(signs: Sequence[Sign | None], silent: Sequence[int]) -> list[int]:
+    """Those of the silent ranks that the others wait for: where ranks take turns together, those that have had the fewest."""
+    found = [(rank, signs[rank]) for rank in silent]
+    turns = {rank: sign.done[TURNS] for rank, sign in found if sign is not None and TURNS in sign.done}
+    if len(turns) < len(found):
+        return list(silent)
+    return [rank for rank in silent if turns[rank] == min(turns.values())]
 
 
 def describe_silence(signs: Sequence[Sign | None], silent: Sequence[int], timeout_seconds: float) -> str:

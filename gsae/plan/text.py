@@ -13,6 +13,7 @@ from gsae.config import Config
 from gsae.corpus.contexts import tokenise
 from gsae.corpus.documents import read_pieces
 from gsae.corpus.size import shards_a_lane
+from gsae.errors import CorpusError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,6 +107,8 @@ def read_text(config: Config, tokenizer: "PreTrainedTokenizerBase") -> TrainingT
     harvest, limit = config.harvest, shards_a_lane(config)
     max_contexts = None if limit is None else limit * harvest.contexts_per_shard * config.corpus.parts
     lengths, sample, documents = _read_lengths(config, max_contexts)
+    if not sample:
+        raise CorpusError(f"the training text of {config.corpus.path!r} is empty; check corpus.path and corpus.format")
     sampled_tokens = sum(len(tokenise(tokenizer, text)) for text in sample)
     tokens_per_character = sampled_tokens / sum(map(len, sample))
     prefix_tokens = int(tokenizer.bos_token_id is not None)

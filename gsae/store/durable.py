@@ -82,14 +82,13 @@ def write_json_atomically(path: Path, value: Any) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line to a file in a single write and wait until it is on the disk."""
+    """Append one line to a file and wait until it is on the disk."""
     content = (line + "\n").encode()
     is_new = not path.exists()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        written = os.write(descriptor, content)
-        if written != len(content):
-            raise OSError(f"{path}: {written} of {len(content)} bytes of a line were written")
+        while content:  # a disk that fills up takes a part first, and complains of the rest
+            content = content[os.write(descriptor, content) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

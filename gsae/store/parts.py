@@ -10,6 +10,7 @@ the two may run at the same time, on two machines.
 """
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def write_used(store: Path, used: Used) -> None:
 def remove_used(store: Path) -> None:
     """Remove the stores of the visits that are used up, or what an interrupted removal left of them.
 
-    Their manifests are moved away first, so that a store that is half removed is not whole.
+    Their manifests are moved away first, so that a store that is half removed is not whole. Harvest and training may do this at once.
     """
     used = read_used(store).visits
     for visit, directory in enumerate(visit_directory(store, number) for number in range(used)):
@@ -75,11 +76,18 @@ def remove_used(store: Path) -> None:
             continue
         if (directory / MANIFEST_FILE).exists():
             make_directory(store / KEPT_FOLDER)
-            (directory / MANIFEST_FILE).replace(_kept_manifest(store, visit))
-            fsync_directory(store / KEPT_FOLDER)
-            fsync_directory(directory)
-        shutil.rmtree(directory)
+            with suppress(FileNotFoundError):
+                (directory / MANIFEST_FILE).replace(_kept_manifest(store, visit))
+                fsync_directory(store / KEPT_FOLDER)
+                fsync_directory(directory)
+        shutil.rmtree(directory, onerror=_let_be_gone)
         fsync_directory(store)
+
+
+def _let_be_gone(function: object, path: str, failure: tuple[type[BaseException], BaseException, object]) -> None:
+    """What another process has removed in the meantime is gone as wanted."""
+    if not isinstance(failure[1], FileNotFoundError):
+        raise failure[1]
 
 
 def is_used(directory: Path) -> bool:

@@ -155,59 +155,69 @@ def progress_sha256(store: Path, lane: int) -> str:
 
 
 class ProgressLog:
-    """One lane's log, open for a harvest to continue: `open` it, then `add` the shards that are missing."""
+    """One lane's log, open for a harvest to continue: `open` it, then `add` the shards that are missing.
+
+    Of the shards it keeps what text they are of; what else a line says stays on the disk, so that memory hardly grows with them.
+    """
 
     def __init__(self, store: Path, lane: int, records: Sequence[ShardRecord]) -> None:
         self.store = store
         self.lane = lane
-        self._records = list(records)
+        self._shards = [as_gap(record) for record in records]
+        self._lost = {record.shard for record in records if record.is_gap}
 
     @classmethod
     def open(cls, store: Path, lane: int) -> "ProgressLog":
-        """The log of a lane, with what a killed harvest left behind removed; a shard of which a tar is missing or cut off is a gap."""
+        """The log of a lane, with what a killed harvest left behind removed.
+
+        A shard of which a tar is missing or cut off at any site is a gap; where no whole shard comes after it, the log ends before it.
+        """
         path = progress_path(store, lane)
         make_directory(path.parent)
         content = path.read_bytes() if path.exists() else b""
         lines = _whole_lines(content)
         records = [record if has_tars(store, record) else as_gap(record) for record in _parse(path, lines, lane)]
-        log = cls(store, lane, records)
-        if content != b"".join(line + b"\n" for line in lines) or any(record.is_gap for record in records):
-            log._write_anew()
+        whole = [record.shard for record in records if not record.is_gap]
+        del records[max(whole, default=-1) + 1 :]
+        kept = b"".join((_line_of(record).encode() if record.is_gap else lines[record.shard]) + b"\n" for record in records)
+        if content != kept:
+            with write_aside(path) as file:
+                file.write(kept)
         path.with_name(path.name + PARTIAL_SUFFIX).unlink(missing_ok=True)
-        whole = {record.shard for record in records if not record.is_gap}
         for tar in store.glob(f"*/{lane:04d}-*.tar*"):
             if tar.suffix != ".tar" or int(tar.stem.rpartition("-")[2]) not in whole:
                 tar.unlink()
-        return log
+        return cls(store, lane, records)
 
-    def records(self) -> tuple[ShardRecord, ...]:
-        """The shards, in order, gaps included."""
-        return tuple(self._records)
+    @property
+    def shards(self) -> tuple[ShardRecord, ...]:
+        """The shards that are there, in order, as gaps: without what their lines say of their tars."""
+        return tuple(shard for shard in self._shards if shard.shard not in self._lost)
 
     @property
     def gaps(self) -> tuple[ShardRecord, ...]:
         """The shards that are lost."""
-        return tuple(record for record in self._records if record.is_gap)
+        return tuple(self._shards[shard] for shard in sorted(self._lost))
 
     @property
     def next_index(self) -> int:
         """Index of the shard after all of these."""
-        return len(self._records)
+        return len(self._shards)
 
     @property
     def cursor(self) -> Cursor | None:
         """Where that shard starts in the corpus; None at the start of the lane."""
-        return self._records[-1].end if self._records else None
+        return self._shards[-1].end if self._shards else None
 
     @property
     def is_ended(self) -> bool:
         """Whether no shard comes after these."""
-        return bool(self._records) and self._records[-1].last
+        return bool(self._shards) and self._shards[-1].last
 
     @property
     def is_finished(self) -> bool:
         """Whether the lane is complete."""
-        return is_complete(self._records)
+        return self.is_ended and not self._lost
 
     def add(self, record: ShardRecord) -> None:
         """Make a shard exist: its tars are in place at all sites. It is the next one, or fills a gap.
@@ -215,22 +225,21 @@ class ProgressLog:
         Raises:
             StoreError: a gap is filled with other text than it had.
         """
+        path = progress_path(self.store, self.lane)
         if record.shard == self.next_index:
-            append_line(progress_path(self.store, self.lane), _line_of(record))
-            self._records.append(record)
+            append_line(path, _line_of(record))
+            self._shards.append(as_gap(record))
             return
-        gap = self._records[record.shard]
-        if not gap.is_gap or as_gap(record) != gap:
+        if record.shard not in self._lost or as_gap(record) != self._shards[record.shard]:
             raise StoreError(
                 f"shard {self.lane:04d}-{record.shard:06d} of {self.store} was made of other text before; "
                 "give harvest.store another directory, or restore the text"
             )
-        self._records[record.shard] = record
-        self._write_anew()
-
-    def _write_anew(self) -> None:
-        with write_aside(progress_path(self.store, self.lane)) as file:
-            file.write("".join(f"{_line_of(record)}\n" for record in self._records).encode())
+        lines = _whole_lines(path.read_bytes())
+        lines[record.shard] = _line_of(record).encode()
+        with write_aside(path) as file:
+            file.writelines(line + b"\n" for line in lines)
+        self._lost.remove(record.shard)
 
 
 def cut_log(store: Path, lane: int, keep: int | None, lost: Collection[int]) -> list[int]:

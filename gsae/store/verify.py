@@ -44,12 +44,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class _Lane:
-    """One lane's log."""
+    """One lane, once its shards have been read: a few numbers, since a store may have 100,000 shards."""
 
-    records: list[ShardRecord]
-    """Its shards, those past a doubt about the log as a whole."""
-    findings: list[Finding]
-    """The doubts."""
+    rows: list[dict[str, int] | None]
+    """Of each shard past a doubt about the log as a whole, by site; None for a gap."""
+    is_complete: bool
+    is_doubtful: bool
 
 
 def verify(store: Path) -> list[Finding]:
@@ -65,14 +65,16 @@ def verify(store: Path) -> list[Finding]:
     except (KeyError, TypeError) as error:
         return [Finding(f"{store / IDENTITY_FILE} is damaged ({error!r}); harvest into another directory", cure="none")]
     manifest, findings = _read_manifest(store, identity)
-    lanes = [_read_lane(store, lane, manifest) for lane in range(identity["num_lanes"])]
     findings += _about_calibration(store, manifest)
-    for lane in lanes:
-        findings += lane.findings
-        findings += [finding for record in lane.records for finding in _about_shard(store, identity, record)]
+    lanes = []
+    for lane in range(identity["num_lanes"]):
+        records, doubts = _read_lane(store, lane, manifest)
+        findings += doubts + [finding for record in records for finding in _about_shard(store, identity, record)]
+        rows = [None if record.is_gap else {name: site.tar.rows for name, site in record.sites.items()} for record in records]
+        lanes.append(_Lane(rows, is_complete(records), bool(doubts)))
     if not (store / MANIFEST_FILE).exists():
         findings.append(_why_not_whole(store, lanes))
-    if manifest is not None and not any(lane.findings or any(record.is_gap for record in lane.records) for lane in lanes):
+    if manifest is not None and not any(lane.is_doubtful or None in lane.rows for lane in lanes):
         findings += _about_counts(store, identity, manifest, lanes)
     return findings + _left_over(store, identity, lanes)
 
@@ -101,29 +103,32 @@ def _read_manifest(store: Path, identity: Mapping[str, Any]) -> tuple[dict[str, 
     return None, [Finding(f"{MANIFEST_FILE}: {problem}; delete it and {HARVEST_AGAIN}", file=path)]
 
 
-def _read_lane(store: Path, lane: int, manifest: Mapping[str, Any] | None) -> _Lane:
-    """A lane's log; its hash is the manifest's, or it is one that an interrupted harvest or repair ended early."""
+def _read_lane(store: Path, lane: int, manifest: Mapping[str, Any] | None) -> tuple[list[ShardRecord], list[Finding]]:
+    """A lane's log, and what makes it doubtful as a whole.
+
+    Its hash is the manifest's, or it is one that an interrupted harvest or repair ended early.
+    """
     log = progress_path(store, lane)
     name = log.relative_to(store)
     if not log.exists():
         missing = Finding(f"{name}: missing; {HARVEST_AGAIN}", lane=lane, and_later=True)
-        return _Lane([], [missing] if manifest is not None else [])
+        return [], [missing] if manifest is not None else []
     try:
         records = read_records(store, lane)
     except StoreError as error:
-        return _Lane([], [Finding(str(error), lane=lane, and_later=True)])
+        return [], [Finding(str(error), lane=lane, and_later=True)]
     if manifest is None or progress_sha256(store, lane) == manifest["lanes"][lane]["progress_sha256"]:
-        return _Lane(records, [])
+        return records, []
     if is_complete(records):  # what it says of the text cannot be compared with anything else
         changed = f"{name}: changed after the manifest was written; delete it and {HARVEST_AGAIN}"
-        return _Lane([], [Finding(changed, lane=lane, and_later=True)])
+        return [], [Finding(changed, lane=lane, and_later=True)]
     count = manifest["lanes"][lane]["shards"]
     if len(records) == count:  # the gaps are found one by one
-        return _Lane(records, [])
+        return records, []
     cut = Finding(
         f"{name}: {len(records)} shards, the manifest has {count}; {HARVEST_AGAIN}", lane=lane, shard=len(records), and_later=True
     )
-    return _Lane(records, [cut])
+    return records, [cut]
 
 
 def _about_calibration(store: Path, manifest: Mapping[str, Any] | None) -> Iterator[Finding]:
@@ -199,7 +204,7 @@ def _problem_of_rows(path: Path, record: ShardRecord, site: str, views: Sequence
 
 
 def _why_not_whole(store: Path, lanes: Sequence[_Lane]) -> Finding:
-    incomplete = [number for number, lane in enumerate(lanes) if not is_complete(lane.records)]
+    incomplete = [number for number, lane in enumerate(lanes) if not lane.is_complete]
     if not incomplete:
         return Finding(f"store {store} is not whole: {MANIFEST_FILE} is missing; {HARVEST_AGAIN}")
     return Finding(
@@ -211,11 +216,11 @@ def _why_not_whole(store: Path, lanes: Sequence[_Lane]) -> Finding:
 def _about_counts(store: Path, identity: Mapping[str, Any], manifest: Mapping[str, Any], lanes: Sequence[_Lane]) -> Iterator[Finding]:
     path = store / MANIFEST_FILE
     for number, lane in enumerate(lanes):
-        if len(lane.records) != manifest["lanes"][number]["shards"]:
-            counts = f"{len(lane.records)} shards in the progress log, {manifest['lanes'][number]['shards']} in the manifest"
+        if len(lane.rows) != manifest["lanes"][number]["shards"]:
+            counts = f"{len(lane.rows)} shards in the progress log, {manifest['lanes'][number]['shards']} in the manifest"
             yield Finding(f"{MANIFEST_FILE}: lane {number} has {counts}; delete it and {HARVEST_AGAIN}", file=path)
     for site in identity["sites"]:
-        rows = sum(record.sites[site].tar.rows for lane in lanes for record in lane.records if site in record.sites)
+        rows = sum(rows.get(site, 0) for lane in lanes for rows in lane.rows if rows is not None)
         if rows != manifest["sites"][site]["rows"]:
             counts = f"{rows} rows in the progress logs, {manifest['sites'][site]['rows']} in the manifest"
             yield Finding(f"{MANIFEST_FILE}: {site} has {counts}; delete it and {HARVEST_AGAIN}", file=path)
@@ -223,8 +228,14 @@ def _about_counts(store: Path, identity: Mapping[str, Any], manifest: Mapping[st
 
 def _left_over(store: Path, identity: Mapping[str, Any], lanes: Sequence[_Lane]) -> list[Finding]:
     """Partial files, and tars that no line of a log speaks of. The tars of a log that cannot be read go with their lane."""
-    logged = {tar_path(store, site, record.lane, record.shard) for lane in lanes for record in lane.records for site in identity["sites"]}
-    doubtful = {number for number, lane in enumerate(lanes) if lane.findings}
+    logged = {
+        tar_path(store, site, number, shard)
+        for number, lane in enumerate(lanes)
+        for shard, rows in enumerate(lane.rows)
+        for site in identity["sites"]
+        if rows is not None
+    }
+    doubtful = {number for number, lane in enumerate(lanes) if lane.is_doubtful}
     partial = sorted(path for path in store.rglob(f"*{PARTIAL_SUFFIX}") if path.is_file())
     unlogged = [
         path

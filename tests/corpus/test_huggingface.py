@@ -160,7 +160,7 @@ def test_a_saved_data_set_keeps_its_identity_where_it_is_moved(tmp_path):
     (tmp_path / "here").rename(tmp_path / "there")
     assert corpus_identity(CorpusConfig(format="datasets", path=str(tmp_path / "there"))) == before
     assert set(before["dataset"]) == {"fingerprint", "rows"}
-    assert set(asdict(CorpusConfig())) - set(before) == {"path", "text_column", "id_column"}
+    assert set(asdict(CorpusConfig())) - set(before) == {"path", "text_column", "id_column", "parts"}
 
 
 def test_a_damaged_directory_is_named(tmp_path):

@@ -78,11 +78,11 @@ def test_bookmarks_of_a_part_resume_that_part_only(config, tmp_path):
 
 def test_all_parts_share_one_pass_for_the_selection(config, monkeypatch):
     config = replace(config, max_documents=500)
-    documents._find_largest_selected_hash.cache_clear()
+    documents._largest_selected_hashes.clear()
     for part in range(NUM_PARTS):
         ids(part_of(config, part))
     ids(config)
-    assert documents._find_largest_selected_hash.cache_info().misses == 1
+    assert len(documents._largest_selected_hashes) == 1
 
 
 def test_a_part_without_documents_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,34 @@ def test_max_tokens_ends_every_lane_at_the_same_shard(whole, tmp_path):
         records = read_records(tmp_path / "runs/store", lane)
         assert [(record.contexts, record.last) for record in records] == [(8, False), (8, True)]
         assert [record.end for record in records] == [record.end for record in read_records(whole / "runs/store", lane)[:2]]
+
+
+def test_a_failure_does_not_wait_until_the_reader_has_found_the_next_shard(whole, tmp_path):
+    """The reader skips a long corpus; the writer fails at once."""
+    config = again(whole, tmp_path, max_tokens=1_000_000)
+    with started(1, slow_to_skip, str(config)) as ranks:
+        assert ranks.wait(60) == [2]
+        assert "cannot be written" in ranks.output()
+
+
+def slow_to_skip(config: str) -> None:
+    import gsae.corpus.documents as documents
+    import gsae.harvest.writing as writing
+
+    read = documents.read_entries
+
+    def skip_for_long(corpus, start=None):
+        yield from read(corpus, start)
+        for entry in read(corpus, start):
+            for _ in range(6000):  # ten minutes, if nobody ended it
+                time.sleep(0.1)
+                yield replace(entry, id="held out or not, nobody asks for it")
+
+    def refuse(path, lane, shard):
+        raise OSError(28, "No space left on device")
+
+    documents.read_entries, writing.open_tar = skip_for_long, refuse
+    gsae("harvest", config)
 
 
 @pytest.mark.parametrize(

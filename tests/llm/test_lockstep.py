@@ -20,11 +20,13 @@ def check_counts(counts):
         def forward(value):
             brought.append(int(group.reduce(torch.tensor(value), "sum")))
 
-        lockstep = Lockstep(group, True, lambda: forward(0))
+        turns: list[int] = []
+        lockstep = Lockstep(group, True, lambda: forward(0), lambda: turns.append(len(brought)))
         for _ in range(counts[group.rank]):
             lockstep.before_forward()
             forward(1)
         lockstep.finish()
+        assert turns == list(range(1 + max(counts)))  # a turn before each forward, and one that finds no work left
         assert brought == [sum(count > number for count in counts) for number in range(max(counts))]
         assert group.reduce(torch.tensor(1), "sum") == group.size  # nothing is left over that another collective would meet
 
@@ -40,7 +42,7 @@ def refuse():
 
 def check_not_needed():
     with world.start("cpu") as here:
-        lockstep = Lockstep(here.everyone, False, refuse)
+        lockstep = Lockstep(here.everyone, False, refuse, refuse)
         if here.everyone.rank == 0:  # alone: where it talked to the other rank, this would hang
             lockstep.before_forward()
             lockstep.finish()
@@ -58,7 +60,7 @@ def check_split_llm(directory):
         split = load(LLMConfig(**config, sharding="zero3"), here.device, 2, here.everyone)
         sites = resolve_sites([0, 2], 4)
         one = torch.zeros(1, 1, dtype=torch.int64)
-        lockstep = Lockstep(here.everyone, True, lambda: capture(split.model, sites, one, one))
+        lockstep = Lockstep(here.everyone, True, lambda: capture(split.model, sites, one, one), lambda: None)
         for number in range([7, 2][here.everyone.rank]):
             tokens = torch.randint(256, (1 + number, 10 + number), generator=torch.Generator().manual_seed(number))
             positions = torch.arange(10 + number).expand_as(tokens)

@@ -287,14 +287,6 @@ def test_without_deepspeed_the_error_tells_what_to_install(saved):
     ranks.run(2, check_without_deepspeed, saved)
 
 
-def test_evaluation_refuses_a_split_llm_in_one_line(pipeline):
-    with ranks.started(2, ranks.gsae, "evaluate", str(pipeline), "--llm.sharding", "zero3") as started:
-        assert started.wait()[0] == 2
-        (line,) = started.output(0).splitlines()
-    assert line.startswith("gsae: evaluation ")
-    assert "--llm.sharding replicate" in line
-
-
 @pytest.mark.demo
 @pytest.mark.skipif(not REAL.exists(), reason="the demo's LLM is not prepared: python launch/prepare_demo.py runs/assets")
 def test_a_real_llama_gives_the_same_activations_split():

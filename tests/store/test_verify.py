@@ -50,8 +50,7 @@ def write_manifest(store, change):
 
 def log_anew(store, lane, shard, site, change):
     """Rewrite one record of a log as a faulty harvest would have written it, and the manifest after it."""
-    log = ProgressLog.open(store, lane)
-    records = list(log.records())
+    records = read_records(store, lane)
     records[shard] = replace(records[shard], sites={**records[shard].sites, site: change(records[shard].sites[site])})
     progress_path(store, lane).write_text("".join(json.dumps(record.to_json()) + "\n" for record in records))
     finish(store)
