@@ -21,7 +21,7 @@ class HarvestConfig:
     batch_contexts: int = 8
     """Contexts of one LLM forward."""
     max_tokens: int | None = None
-    """Tokens to harvest over all lanes, rounded up to whole shards of every lane; null harvests the whole training text."""
+    """Tokens to harvest over all lanes, and all parts, rounded up to whole shards of every lane; null harvests the whole training text."""
     outlier_multiple: float = 3.0
     """Rows whose norm exceeds this multiple of the site's median norm are dropped."""
     calibration_contexts: int = 64
