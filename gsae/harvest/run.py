@@ -67,10 +67,11 @@ def _harvest_store(config: Config, info: LLMInfo, layout: Layout, load_llm: Call
         lanes = lanes_of(group, config.corpus.num_lanes)
         settings = _settings(config, info)
         manifest.check_identity(store, manifest.complete_identity(layout, settings))
-    if group.on_first(lambda: _claim(store, layout, settings)):
+    if group.on_first(lambda: _is_whole(store)):
         console.say(f"harvest: the store {store} is whole, nothing to do")
         return
     llm = load_llm()
+    group.on_first(lambda: manifest.begin(store, layout, settings))  # not before: a setting that cannot be is not to claim the directory
     median_norms = _median_norms(config, llm, layout, store, group)
     total = group.on_first(lambda: expected_tokens(config, lambda: llm.tokenizer))
     with group.together():
@@ -174,10 +175,9 @@ def _settings(config: Config, info: LLMInfo) -> dict[str, Any]:
     }
 
 
-def _claim(store: Path, layout: Layout, settings: dict[str, Any]) -> bool:
-    """Make the directory this store's; whether it is whole already."""
+def _is_whole(store: Path) -> bool:
+    """Whether nothing is left to do; the directory is made where it is missing."""
     require_writable(store, "harvest.store")
-    manifest.begin(store, layout, settings)
     return finish.is_finished(store)
 
 

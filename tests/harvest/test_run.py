@@ -119,6 +119,14 @@ def test_max_tokens_ends_every_lane_at_the_same_shard(whole, tmp_path):
         assert [record.end for record in records] == [record.end for record in read_records(whole / "runs/store", lane)[:2]]
 
 
+def test_a_setting_that_cannot_be_does_not_claim_the_directory(whole, tmp_path):
+    config = again(whole, tmp_path)
+    with started(1, gsae, "harvest", str(config), "--llm.attention", "flash_attention_2") as ranks:
+        assert ranks.wait() == [2]
+        assert "llm.attention: sdpa" in ranks.output()
+    run_gsae(1, ["harvest", config])
+
+
 def test_a_failure_does_not_wait_until_the_reader_has_found_the_next_shard(whole, tmp_path):
     """The reader skips a long corpus; the writer fails at once."""
     config = again(whole, tmp_path, max_tokens=1_000_000)
