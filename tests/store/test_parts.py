@@ -1,5 +1,6 @@
 """A store in parts on the disk: what is used up goes, and is never read as whole."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def test_a_store_that_is_half_removed_is_not_whole_and_goes_at_the_next_start(wa
     store = tmp_path / "runs/store"
     write_used(store, Used(1))
 
-    def remove_some(directory: Path) -> None:
+    def remove_some(directory: Path, **how: object) -> None:
         next(directory.glob("resid.1/*.tar")).unlink()
         raise KeyboardInterrupt
 
@@ -40,6 +41,16 @@ def test_a_store_that_is_half_removed_is_not_whole_and_goes_at_the_next_start(wa
     assert rows_of_visit(store, 0, "resid.1") > 0
     remove_used(store)
     assert part_stores(tmp_path) == ["part-0001"]
+
+
+def test_harvest_and_training_may_remove_a_part_at_once(waiting, tmp_path):
+    copied(waiting, tmp_path)
+    store = tmp_path / "runs/store"
+    write_used(store, Used(1))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(remove_used, [store] * 8))
+    assert part_stores(tmp_path) == ["part-0001"]
+    assert rows_of_visit(store, 0, "resid.1") > 0
 
 
 def test_inspect_says_that_a_store_is_in_parts(waiting):
