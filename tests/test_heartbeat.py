@@ -432,6 +432,21 @@ def test_where_ranks_take_turns_the_one_that_is_behind_is_named_alone(tmp_path):
     assert f"rank 2 on {HOST} has got no further" in line
 
 
+def wait_for_a_slow_one(life: Heartbeat, rank: int, folder: Path) -> None:
+    """One rank takes longer between turns than the time-out, and shows that it lives; the others wait for it in a collective."""
+    for turn in range(3):
+        if rank == 2 and turn == 2:
+            beat_for(3 * STALL_SECONDS, life, rank, folder)
+        life.beat(turns=1)
+        dist.all_reduce(torch.zeros(1))
+
+
+def test_waiting_for_a_rank_that_is_at_work_is_no_fault(tmp_path):
+    with ranks.started(3, command, wait_for_a_slow_one, tmp_path) as started:
+        assert started.wait(60) == [0] * 3
+        assert complaints(started) == []
+
+
 def test_of_many_silent_ranks_a_few_are_named():
     signs = [Sign(f"node{rank}", 5, {"tokens": 120_832, "shards": 3}, "working", None, False) for rank in range(9)]
     advice = "then run the same again: the harvest continues where it is (stall_timeout_seconds)"

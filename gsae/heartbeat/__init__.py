@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from gsae.errors import GsaeError
-from gsae.heartbeat.signs import ADVICE, Sign, State, Verdict, describe_silence, failure_of, find_behind
+from gsae.heartbeat.signs import ADVICE, Sign, State, Verdict, describe_silence, failure_of, find_at_fault
 from gsae.world import World
 
 INTERVAL_SECONDS = 1.0
 """How often a rank looks at the board."""
+LOOKS_A_SIGN = 5
+"""After so many looks the first rank shows that it still looks."""
 NAP_SECONDS = 5.0
 """A rank that has not looked at the board for so long was asleep: it looks before it goes on, and holds its sleep against nobody."""
 GRACE_SECONDS = 10.0
@@ -66,6 +68,7 @@ class Heartbeat:
         self._crash: Exception | None = None
         self._published: Sign | None = None
         self._totals: dict[str, int] = {}
+        self._num_looks = 0
         self._looked_at = time.monotonic()
         self._hurry, self._decided, self._settled, self._closed = (threading.Event() for _ in range(4))
         self._threads = [threading.Thread(target=work, daemon=True, name="heartbeat") for work in (self._talk, self._guard)]
@@ -160,6 +163,7 @@ class Heartbeat:
 
     def _exchange(self) -> None:
         began = time.monotonic()
+        self._num_looks += 1
         self._publish()
         is_settled = self._look_at_all() if self._rank == 0 else self._look_at_first()
         self._publish()  # that this rank knows the verdict, if there is one
@@ -170,7 +174,8 @@ class Heartbeat:
     def _publish(self) -> None:
         with self._lock:
             is_known = self._verdict is not None
-            sign = Sign(socket.gethostname(), self._beats, dict(self._done), self._state, self._failure, is_known)
+            looks = self._num_looks // LOOKS_A_SIGN if self._rank == 0 and self._size > 1 else 0
+            sign = Sign(socket.gethostname(), self._beats, dict(self._done), self._state, self._failure, is_known, looks)
         if sign != self._published:
             self._board.write(str(self._rank), sign.text())
             self._published = sign
@@ -196,8 +201,11 @@ class Heartbeat:
         first = None if sign_text is None else Sign.from_text(sign_text)
         if verdict_text is not None:
             self._decide(Verdict.from_json(json.loads(verdict_text)))
-        elif self._silent([first], self._timeout_seconds + 3 * INTERVAL_SECONDS) and self._verdict is None:
-            # The first rank would have given its verdict by now, on itself too. Who else lives is not known, so all speak.
+        elif (
+            self._still([None if first is None else first.looks], self._timeout_seconds + 2 * LOOKS_A_SIGN * INTERVAL_SECONDS)
+            and self._verdict is None
+        ):
+            # As long as the first rank looks at the board it judges, itself too. Who else lives is not known, so all speak.
             with self._lock:
                 self._failure = Verdict(describe_silence([first], [0], self._timeout_seconds), None, (0,))
             self._decide(self._failure)
@@ -220,17 +228,18 @@ class Heartbeat:
                     self._failure = self._failure or failure_of(self._rank, self._size, error)
 
     def _judge(self, signs: Sequence[Sign | None]) -> Verdict | None:
-        silent = self._silent(signs, self._timeout_seconds)
+        silent = self._still([None if sign is None else sign.beats for sign in signs], self._timeout_seconds)
         for sign in signs:
             if sign is not None and sign.failure is not None:
                 return sign.failure
         if all(sign is not None and sign.state == "done" for sign in signs):
             return Verdict(None)
-        at_fault = find_behind(signs, silent)
-        return Verdict(describe_silence(signs, at_fault, self._timeout_seconds), 0, tuple(at_fault)) if silent else None
+        at_fault = find_at_fault(signs, silent)
+        return Verdict(describe_silence(signs, at_fault, self._timeout_seconds), 0, tuple(at_fault)) if at_fault else None
 
-    def _silent(self, signs: Sequence[Sign | None], timeout_seconds: float) -> list[int]:
-        seconds = [still.seconds(sign and sign.beats) for still, sign in zip(self._stillness, signs, strict=True)]
+    def _still(self, values: Sequence[int | None], timeout_seconds: float) -> list[int]:
+        """Places of the values that have not changed for so long."""
+        seconds = [still.seconds(value) for still, value in zip(self._stillness, values, strict=True)]
         return [rank for rank, still_for in enumerate(seconds) if still_for >= timeout_seconds]
 
     def _decide(self, verdict: Verdict) -> None:

@@ -54,6 +54,8 @@ class Sign:
     failure: Verdict | None
     """The verdict it wants."""
     knows_verdict: bool
+    looks: int = 0
+    """Grows as long as the rank looks at the board, whatever its main thread does; the first rank's alone."""
 
     @classmethod
     def from_text(cls, text: str) -> "Sign":
@@ -76,13 +78,10 @@ def failure_of(rank: int, size: int, error: BaseException) -> Verdict:
     return Verdict(f"{error} (on rank {rank})", rank, (rank,))
 
 
-def find_behind(signs: Sequence[Sign | None], silent: Sequence[int]) -> list[int]:
-    """Those of the silent ranks that the others wait for: where ranks take turns together, those that have had the fewest."""
-    found = [(rank, signs[rank]) for rank in silent]
-    turns = {rank: sign.done[TURNS] for rank, sign in found if sign is not None and TURNS in sign.done}
-    if len(turns) < len(found):
-        return list(silent)
-    return [rank for rank in silent if turns[rank] == min(turns.values())]
+def find_at_fault(signs: Sequence[Sign | None], silent: Sequence[int]) -> list[int]:
+    """The silent ranks, but for those that wait for another: where ranks take turns together, any that has had more than the fewest."""
+    turns = [0 if sign is None else sign.done.get(TURNS, 0) for sign in signs]
+    return [rank for rank in silent if turns[rank] == min(turns)]
 
 
 def describe_silence(signs: Sequence[Sign | None], silent: Sequence[int], timeout_seconds: float) -> str:
