@@ -60,7 +60,7 @@ def read_rows(store: Path, site: str, num_rows: int) -> tuple[Tensor, Tensor]:
     found = manifest.sites[site]
     batch_rows = manifest.num_lanes * -(-num_rows // manifest.num_lanes)
     with Stream(store, site, range(manifest.num_lanes), batch_rows, max(batch_rows, 65_536), seed=0, verify_shards=False) as stream:
-        x = stream.next_batch().x[:num_rows].float()
+        x = stream.next_batch().decode(torch.device("cpu"), torch.float32)[:num_rows]
     return x * found.scale, (found.mean * found.scale).float()
 
 

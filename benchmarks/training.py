@@ -39,7 +39,7 @@ def read_batches(store: Path, site: str, batch_rows: int, num_batches: int) -> t
     manifest = manifests.load(store)
     found = manifest.sites[site]
     with Stream(store, site, range(manifest.num_lanes), batch_rows, 65_536, seed=0, verify_shards=False) as stream:
-        batches = [stream.next_batch().x.float() * found.scale for _ in range(num_batches)]
+        batches = [stream.next_batch().decode(torch.device("cpu"), torch.float32) * found.scale for _ in range(num_batches)]
     return batches, (found.mean * found.scale).float()
 
 
