@@ -60,10 +60,12 @@ def write(writer, shard, num_batches=1, batch=None):
     writer.end()
 
 
-def write_all(store, shards, beats=None):
+def write_all(store, shards, beats=None, seconds=0.0):
+    """The main thread has other work for some seconds before it looks at what became of them."""
     with ShardWriter(store, SITES, 4, beats or Beats()) as writer:
         for shard in shards:
             write(writer, shard)
+        time.sleep(seconds)
 
 
 def names(store):
@@ -101,7 +103,7 @@ def test_a_shard_that_cannot_be_logged_goes_and_no_other_is_logged_after_it(tmp_
 
     monkeypatch.setattr(first.log, "add", refuse)
     with pytest.raises(StoreError, match="the progress log of lane 0 cannot be written"):
-        write_all(tmp_path, [first, second])
+        write_all(tmp_path, [first, second], seconds=0.5)
     assert names(tmp_path) == []
     assert read_records(tmp_path, 1) == []
 
