@@ -220,7 +220,7 @@ class ProgressBar:
         self._console = console
         self._title, self._total, self._unit = title, total, unit
         self._done_before = self._done = done
-        self._extra = ""
+        self._extra = self._last_line = ""
         self._is_shown = is_shown
         self._is_closed = False
         self._lock = threading.RLock()
@@ -277,7 +277,10 @@ class ProgressBar:
         rest = ", ".join(filter(None, (f"{format_count(rate)}/s", when, self._extra)))
         if self._live is None:
             counts = f"{self._done:,}{of_all}{f'{self._total:,}' if of_all else ''} {self._unit}"
-            self._console.write(f"{self._title}: {', '.join(filter(None, (share, counts, rest)))}")
+            line = f"{self._title}: {', '.join(filter(None, (share, counts, rest)))}"
+            if line != self._last_line:  # the end may have been shown already
+                self._console.write(line)
+            self._last_line = line
         else:
             counts = f"{format_count(self._done)}{of_all}{format_count(self._total) if of_all else ''} {self._unit}"
             numbers = f"{share} {counts}, {rest}".lstrip()

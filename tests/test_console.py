@@ -147,7 +147,6 @@ def test_progress_shows_the_work_of_all_ranks_at_its_pace(capsys, clock):
         "harvest: 70%, 140 of 200 contexts, 4/s, ETA 15s, 14.0 MB/s, 140 shards",
         "harvest: 90%, 180 of 200 contexts, 4/s, ETA 5s, 18.0 MB/s, 180 shards",
         "harvest: 100%, 210 of 210 contexts, 3/s, took 40s, 21.0 MB/s, 210 shards",
-        "harvest: 100%, 210 of 210 contexts, 3/s, took 40s, 21.0 MB/s, 210 shards",
     ]
 
 
