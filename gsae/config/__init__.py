@@ -41,7 +41,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes CUDA where there is one."""
     stall_timeout_seconds: float = 600.0
-    """A rank of a harvest that has got no further for so long ends the job, and is named; so does one that died."""
+    """A rank of a harvest or a training that has got no further for so long ends the job, and is named; so does one that died."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     """The text."""
     llm: LLMConfig = field(default_factory=LLMConfig)
@@ -62,6 +62,11 @@ class Config:
             below = rows - rows % lanes
             nearest = f"{below} or {below + lanes}" if below else f"{lanes}"
             raise ConfigError(f"train.batch_rows ({rows}) is not a multiple of corpus.num_lanes ({lanes}); set it to {nearest}")
+
+        require(
+            self.train.max_rows is None or self.corpus.parts == 1,
+            f"train.max_rows ({self.train.max_rows}) goes with a corpus in one part; set it to null, or corpus.parts to 1",
+        )
 
     @property
     def store_directory(self) -> str:

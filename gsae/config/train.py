@@ -132,10 +132,16 @@ class TrainConfig:
     """Sites to train, out of the store's; empty trains all."""
     total_rows: int = 1_000_000_000
     """Rows of one run, over all ranks, rounded up to whole batches; the store is read again when it is shorter."""
+    max_rows: int | None = None
+    """Rows of a site to use at most: each lane gives an equal share of them, its first rows, or all where it has fewer. null uses all.
+    Scale and mean stay those of the whole store."""
     batch_rows: int = 4096
     """Rows of one step, over all ranks of a group; a multiple of corpus.num_lanes."""
     window_rows: int = 1_048_576
-    """Rows shuffled together in memory, over all lanes."""
+    """Rows shuffled together in memory, over all lanes. All ranks of a group together hold twice that; `gsae inspect` says how well
+    it mixes."""
+    read_threads: int = 4
+    """Lanes that a rank reads at once."""
     learning_rate: float = 3e-4
     """Adam's step size."""
     learning_rates: dict[str | int, float] = field(default_factory=dict)
@@ -167,7 +173,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Checkpoints to keep, the newest ones."""
     verify_shards: bool = True
-    """Whether a shard's SHA-256 is checked when it is first read."""
+    """Whether a shard's SHA-256 is checked when it is first read. One that changes while training runs is checked anyway."""
     sparse_below_density: float = 0.1
     """Share of gates open, over all rows and features, below which a run takes the sparse step; it returns to the dense one at
     1.25 times that. 0 always takes the dense one. Both give the same losses and gradients."""
@@ -175,13 +181,14 @@ class TrainConfig:
     """Rows of a rank's part of the batch that are computed at once, which bounds the memory of rows x features; null takes all."""
 
     def __post_init__(self) -> None:
-        for name in ("total_rows", "batch_rows", "window_rows", "groups", "log_every_steps", "keep_checkpoints"):
+        for name in ("total_rows", "batch_rows", "window_rows", "read_threads", "groups", "log_every_steps", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; give a positive number")
         rates = {"learning_rate": self.learning_rate, **{f"learning_rates of {site}": rate for site, rate in self.learning_rates.items()}}
         for name, rate in rates.items():
             require(0 < rate < inf, f"train.{name} is {rate}; give a positive number")
         require(all(0 <= beta < 1 for beta in self.adam_betas), f"train.adam_betas is {self.adam_betas}; give two numbers in [0, 1)")
         require(self.adam_eps > 0, f"train.adam_eps is {self.adam_eps}; give a positive number")
+        require(self.max_rows is None or self.max_rows >= 1, f"train.max_rows is {self.max_rows}; give a positive number, or null for all")
         micro = self.micro_batch_rows
         require(micro is None or micro >= 1, f"train.micro_batch_rows is {micro}; give a positive number, or null")
         density = self.sparse_below_density

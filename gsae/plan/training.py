@@ -26,7 +26,7 @@ class TrainingNeeds:
     batch_rows: int
     rows_per_run: int
     passes: float
-    """How often a run reads all of the store."""
+    """How often a run reads all the rows that it uses."""
     visits: int
     """Parts that a run reads one after another; 1 where the corpus is not cut into parts."""
     groups: int
@@ -49,8 +49,8 @@ def training_needs(config: Config, banks: Sequence[BankSpec], store: StoreSize, 
     rows = -(-train.batch_rows // ranks_a_group)
     widest = max(run.num_features for bank in banks for run in bank.runs)
     features = FEATURE_TENSORS * number * min(rows, train.micro_batch_rows or rows) * widest
-    streams = 2 if any(run.resampling for bank in banks for run in bank.runs) else 1  # an event has one of its own
-    rows_a_part = store.rows_per_site // store.parts
+    used_rows = min(store.rows_per_site, train.max_rows or store.rows_per_site)
+    rows_a_part = used_rows // store.parts
     d_model = banks[0].runs[0].d_model
     window = min(train.window_rows, rows_a_part) * row_bytes(d_model, store.storage_dtype) // ranks_a_group
     total_rows = banks[0].total_rows
@@ -61,12 +61,12 @@ def training_needs(config: Config, banks: Sequence[BankSpec], store: StoreSize, 
         steps_per_run=banks[0].total_steps,
         batch_rows=train.batch_rows,
         rows_per_run=total_rows,
-        passes=total_rows / max(1, store.rows_per_site),
+        passes=total_rows / max(1, used_rows),
         visits=1 if store.parts == 1 else -(-total_rows // rows_a_visit),
         groups=train.groups,
         ranks_per_group=ranks_a_group,
-        bytes_per_rank=state + features + streams * WINDOWS * window,
+        bytes_per_rank=state + features + WINDOWS * window,
         state_bytes_per_rank=state,
         features_bytes_per_rank=features,
-        window_bytes_per_rank=streams * WINDOWS * window,
+        window_bytes_per_rank=WINDOWS * window,
     )

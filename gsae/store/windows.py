@@ -1,45 +1,35 @@
-"""The endless sequence of one lane's rows. In: the lane's tars. Out: any window of it, from (seed, epoch, lane, window) alone.
-
-    shards 0 1 2 ... --shuffled by epoch--> rows of the epoch --cut--> windows --each permuted--> rows as they are handed out
-
-An epoch has each row of the lane once. A window never spans epochs, so the last one of an epoch may be short.
-"""
+"""Windows of a lane, read from its tars. In: an order, the tars' records. Out: each row of a window where it will be handed out."""
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
+import numpy as np
+from jaxtyping import Float32, Int64
 
-from gsae.store.encoding import Encoded
-from gsae.store.shards import TarRecord, map_tar, require_size, tar_path
+from gsae.errors import StoreError
+from gsae.store.order import LaneOrder, Run, Window
+from gsae.store.ring import Ring
+from gsae.store.scatter import read_scattered
+from gsae.store.shards import HARVEST_AGAIN, TarRecord, require_size, short_name, tar_path
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a row stands in the sequence."""
+class _Stamp:
+    """By this a file is taken for unchanged."""
 
-    epoch: int
-    window: int
-    """Index of the window in its epoch."""
-    offset: int
-    """Rows of the window that come before."""
+    bytes: int
+    modified_ns: int
+    inode: int
 
-
-@dataclass(frozen=True, eq=False)
-class Window:
-    """Rows of a lane that are shuffled together in memory."""
-
-    rows: Encoded
-    """Activations as they stand in the shards."""
-    row: Int[Tensor, " rows"]
-    """The ordinal of each in its lane, counted over the shards in their own order."""
-    order: Int[Tensor, " rows"]
-    """The permutation in which they are handed out."""
+    @classmethod
+    def of(cls, file: int) -> "_Stamp":
+        status = os.fstat(file)
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 class LaneReader:
@@ -49,97 +39,121 @@ class LaneReader:
         store: directory of the store.
         site: name of the site.
         lane: number of the lane.
-        tars: what the progress log says of its tars, in shard order; at least one row in all.
-        storage: name of the storage type.
-        d_model: width of a row.
-        window_rows: rows of a window of this lane.
-        seed: seed of the order.
-        verify_shards: whether the SHA-256 of a tar is compared when it is first read.
+        tars: what the progress log says of its tars, in shard order.
+        order: the order of its rows; it may leave out the last ones.
+        verify_shards: whether the SHA-256 of a tar is compared when it is first read. One that changes later is compared anyway.
 
     Raises:
         StoreError: a tar is missing or has another size than its record.
     """
 
-    def __init__(
-        self,
-        store: Path,
-        site: str,
-        lane: int,
-        tars: Sequence[TarRecord],
-        *,
-        storage: str,
-        d_model: int,
-        window_rows: int,
-        seed: int,
-        verify_shards: bool,
-    ) -> None:
+    def __init__(self, store: Path, site: str, lane: int, tars: Sequence[TarRecord], order: LaneOrder, verify_shards: bool) -> None:
+        self.order = order
         self._paths = [tar_path(store, site, lane, shard) for shard in range(len(tars))]
         self._tars = tars
         for path, tar in zip(self._paths, tars, strict=True):
             require_size(path, tar)
         self._first_rows = list(accumulate((tar.rows for tar in tars), initial=0))
-        self._lane = lane
-        self._storage = storage
-        self._d_model = d_model
-        self._window_rows = window_rows
-        self._seed = seed
-        self._unverified = set(range(len(tars))) if verify_shards else set()
+        self._verify = verify_shards
+        self._stamps: dict[int, _Stamp] = {}
 
-    @property
-    def num_rows(self) -> int:
-        """Rows of the lane, and of each of its epochs."""
-        return self._first_rows[-1]
-
-    def place(self, rows_taken: int) -> Place:
-        """Where the row stands that comes after `rows_taken` others."""
-        epoch, row = divmod(rows_taken, self.num_rows)
-        window, offset = divmod(row, self._window_rows)
-        return Place(epoch, window, offset)
-
-    def place_after(self, place: Place) -> Place:
-        """Where the window after that of `place` begins."""
-        if (place.window + 1) * self._window_rows < self.num_rows:
-            return Place(place.epoch, place.window + 1, 0)
-        return Place(place.epoch + 1, 0, 0)
-
-    def load(self, epoch: int, window: int) -> Window:
+    def load(self, window: Window, taken: int, skip: int, ring: Ring, ring_lane: int) -> None:
         """Read one window.
 
+        Args:
+            window: which one.
+            taken: rows of the lane that the ring had or has before the first row of the window; negative when the window began earlier.
+            skip: rows of the window, as they are handed out, that are not wanted.
+            ring: where the rows go.
+            ring_lane: which of the ring's lanes this is.
+
         Raises:
-            StoreError: a tar is gone, or its SHA-256 differs from the record's.
+            StoreError: a tar is gone, cannot be read, or is not the one of the record.
         """
-        begin = window * self._window_rows
-        end = min(begin + self._window_rows, self.num_rows)
-        rows = Encoded.empty(end - begin, self._d_model, self._storage)
-        row = torch.empty(end - begin, dtype=torch.int64)
-        first = 0  # of the shard, counted over the rows of the epoch
-        for shard in self._shard_order(epoch):
-            shard_rows = self._tars[shard].rows
-            low, high = max(begin, first), min(end, first + shard_rows)
-            if low < high:
-                self._copy(shard, low - first, rows[low - begin : high - begin])
-                first_row = self._first_rows[shard] + low - first
-                row[low - begin : high - begin] = torch.arange(first_row, first_row + high - low)
-            first += shard_rows
-        order = torch.randperm(end - begin, generator=self._generator("rows", epoch, window))
-        return Window(rows, row, order)
+        handed_out = np.empty(window.num_rows, dtype=np.int64)
+        handed_out[self.order.permutation(window).numpy()] = np.arange(window.num_rows)
+        done = 0
+        for run in self.order.runs(window):
+            its = handed_out[done : done + run.num_rows]
+            self._read(run, ring, ring.places(ring_lane, taken + its), its >= skip)
+            done += run.num_rows
 
-    def _copy(self, shard: int, skip: int, target: Encoded) -> None:
-        """Copy rows skip, skip + 1, ... of a shard until `target` is full."""
-        verify = shard in self._unverified
-        contexts = map_tar(self._paths[shard], self._tars[shard], self._storage, self._d_model, verify)
-        self._unverified.discard(shard)
-        filled = 0
-        for context in contexts:
-            part = context[skip : skip + len(target) - filled]
-            target[filled : filled + len(part)].copy_(part)
-            filled += len(part)
-            skip = max(0, skip - len(context))
+    def _read(self, run: Run, ring: Ring, places: Int64[np.ndarray, " rows"], wanted: np.ndarray) -> None:
+        tar = self._tars[run.shard]
+        scales: list[Float32[np.ndarray, " rows"]] = []
+        addresses = np.where(wanted, ring.addresses(places), ring.nowhere)
+        with self._open(run.shard) as file:
+            contexts = list(_contexts(tar, run))
+            for offset, pieces, sizes in _stretches(tar, contexts, addresses, ring):
+                read_scattered(file, offset, pieces, sizes)
+            if tar.scale_offsets:
+                scales = [_read_scales(file, tar.scale_offsets[context] + 4 * row, count) for context, row, count in contexts]
+        first_row = self._first_rows[run.shard] + run.first_row
+        row_scale = np.concatenate(scales)[wanted] if scales else None
+        ring.note(places[wanted], np.arange(first_row, first_row + run.num_rows)[wanted], row_scale)
 
-    def _shard_order(self, epoch: int) -> list[int]:
-        order: list[int] = torch.randperm(len(self._tars), generator=self._generator("shards", epoch)).tolist()
-        return order
+    @contextmanager
+    def _open(self, shard: int) -> Iterator[int]:
+        """The tar of a shard, as its record says it is, for as long as it is read."""
+        path, tar = self._paths[shard], self._tars[shard]
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise StoreError(f"shard {short_name(path)} is missing in {path.parent.parent}; {HARVEST_AGAIN}") from None
+        try:
+            stamp = _Stamp.of(file)
+            if stamp.bytes != tar.bytes:
+                raise StoreError(f"shard {short_name(path)} has {stamp.bytes} bytes, the progress log says {tar.bytes}; {HARVEST_AGAIN}")
+            if self._stamps.get(shard) != stamp:
+                if self._verify or shard in self._stamps:
+                    _require_sha256(path, file, tar)
+                self._stamps[shard] = stamp
+            yield file
+            if _Stamp.of(file) != stamp:
+                raise StoreError(f"shard {short_name(path)} was changed while it was read; {HARVEST_AGAIN}")
+        except EOFError:
+            raise StoreError(f"shard {short_name(path)} was cut off while it was read; {HARVEST_AGAIN}") from None
+        except OSError as error:
+            raise StoreError(f"shard {short_name(path)} in {path.parent.parent} cannot be read: {error.strerror}") from error
+        finally:
+            os.close(file)
 
-    def _generator(self, *parts: str | int) -> torch.Generator:
-        named = "/".join(str(part) for part in ("stream", self._seed, self._lane, *parts))
-        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(named.encode()).digest()[:8], "little") >> 1)
+
+def _contexts(tar: TarRecord, run: Run) -> Iterator[tuple[int, int, int]]:
+    """The contexts in which a run's rows stand: each one's ordinal, the first row in it, and the rows."""
+    first, end = 0, run.first_row + run.num_rows
+    for context, num_rows in enumerate(tar.context_rows):
+        low, high = max(first, run.first_row), min(first + num_rows, end)
+        if low < high:
+            yield context, low - first, high - low
+        first += num_rows
+
+
+def _stretches(
+    tar: TarRecord, contexts: Sequence[tuple[int, int, int]], addresses: Int64[np.ndarray, " rows"], ring: Ring
+) -> Iterator[tuple[int, Int64[np.ndarray, " pieces"], Int64[np.ndarray, " pieces"]]]:
+    """What to read at once: an offset, addresses, sizes. What stands between the rows of two contexts is little, and is read too."""
+    offsets = np.array([tar.offsets[context] + row * ring.row_bytes for context, row, _ in contexts])
+    counts = np.array([count for _, _, count in contexts])
+    first_rows = np.cumsum(counts) - counts
+    between = offsets[1:] - offsets[:-1] - counts[:-1] * ring.row_bytes
+    for group in np.split(np.arange(len(counts)), 1 + np.flatnonzero(between > ring.scratch_bytes)):
+        begin, end = first_rows[group[0]], first_rows[group[-1]] + counts[group[-1]]
+        gaps = first_rows[group[1:]] - begin
+        pieces = np.insert(addresses[begin:end], gaps, ring.nowhere)
+        yield int(offsets[group[0]]), pieces, np.insert(np.full(end - begin, ring.row_bytes), gaps, between[group[:-1]])
+
+
+def _read_scales(file: int, offset: int, count: int) -> Float32[np.ndarray, " rows"]:
+    content = os.pread(file, 4 * count, offset)
+    if len(content) < 4 * count:
+        raise EOFError
+    return np.frombuffer(content, dtype=np.float32)
+
+
+def _require_sha256(path: Path, file: int, tar: TarRecord) -> None:
+    with open(file, "rb", closefd=False) as content:
+        content.seek(0)
+        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    if sha256 != tar.sha256:
+        raise StoreError(f"shard {short_name(path)}: its SHA-256 differs from the progress log's; delete it and {HARVEST_AGAIN}")

@@ -55,6 +55,9 @@ def find_stretch(config: Config, manifest: Manifest, spec: BankSpec, group: Grou
         window_rows=train.window_rows,
         seed=seed,
         verify_shards=train.verify_shards,
+        max_rows=train.max_rows,
+        read_threads=train.read_threads,
+        pinned=group.device.type == "cuda",
     )
     return Stretch(open_stream, first_step, end_step, visit, is_part)
 

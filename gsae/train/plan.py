@@ -14,7 +14,8 @@ RUN_FORMAT = 2
 T = TypeVar("T")
 FREE_SETTINGS = (
     *("sweeps", "sites", "learning_rate", "learning_rates"),  # what they mean for a run stands in its RunSpec
-    *("groups", "log_every_steps", "checkpoint_every_fraction", "keep_checkpoints", "verify_shards"),  # they do not change the weights
+    # These do not change the weights.
+    *("groups", "log_every_steps", "checkpoint_every_fraction", "keep_checkpoints", "verify_shards", "read_threads"),
 )
 """Fields of TrainConfig that a resumed run need not share."""
 
@@ -36,8 +37,6 @@ class RunSpec:
     """Sparsity coefficient, on scaled activations."""
     seed: int
     learning_rate: float
-    scale: float
-    """Rows are multiplied by it before they reach the SAE."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,8 @@ class BankSpec:
 
     site: str
     runs: tuple[RunSpec, ...]
+    scale: float
+    """Rows are multiplied by it before they reach the SAEs."""
     batch_rows: int
     total_steps: int
 
@@ -90,7 +91,8 @@ def plan_banks(config: Config, store: StoreOutline) -> list[BankSpec]:
         runs = [run for sweep in config.train.sweeps for run in _runs_of_sweep(config, sweep, site, store, rate)]
         _require_unique(runs)
         if runs:
-            banks.append(BankSpec(site, tuple(runs), config.train.batch_rows, total_steps))
+            scale = store.scales[site] if config.train.scale_activations else 1.0
+            banks.append(BankSpec(site, tuple(runs), scale, config.train.batch_rows, total_steps))
     if not banks:
         raise ConfigError(
             "train.sweeps asks for no run at any site of the store; give each sweep lambdas for a site, e.g. lambdas: {'*': [0.1]}"
@@ -142,7 +144,6 @@ def _runs_of_sweep(config: Config, sweep: SweepConfig, site: str, store: StoreOu
                     lambda_=lambda_,
                     seed=seed,
                     learning_rate=sweep.learning_rate or learning_rate,
-                    scale=store.scales[site] if config.train.scale_activations else 1.0,
                 )
 
 
@@ -158,11 +159,13 @@ def describe_run(spec: RunSpec, bank: BankSpec, config: Config, manifest: Manife
     """The content of `run.json`: what is trained, and by which settings a resumed run must have been made."""
     train = asdict(config.train)
     settings = {key: value for key, value in train.items() if key not in FREE_SETTINGS}
+    if config.train.max_rows is None:
+        del settings["max_rows"]  # as in runs that were begun before there was such a setting
     if not spec.resampling:
         # Without resampling only the pre-activation loss asks which features are dead.
         settings["resampling"] = {"dead_after_rows": config.train.resampling.dead_after_rows} if spec.pre_activation_loss else {}
     own = {("lambda" if key == "lambda_" else key): value for key, value in asdict(spec).items()}
-    length = {"total_steps": bank.total_steps, "batch_rows": bank.batch_rows}
-    described = {"format": RUN_FORMAT, **own, **length, "store_fingerprint": manifest.fingerprint, "settings": settings}
+    shared = {"scale": bank.scale, "total_steps": bank.total_steps, "batch_rows": bank.batch_rows}
+    described = {"format": RUN_FORMAT, **own, **shared, "store_fingerprint": manifest.fingerprint, "settings": settings}
     plain: dict[str, Any] = json.loads(json.dumps(described))  # as it will be read back: lists for tuples
     return {**plain, "train_fingerprint": fingerprint(plain)}

@@ -4,7 +4,9 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,11 +35,11 @@ def rows_of_lanes(store, lanes, num_batches, batch_rows=8, window_rows=20, seed=
     return handed_out
 
 
-def batches(store, lanes, num_batches, seek=None, window_rows=20, seed=0):
-    with Stream(store, SITE, lanes, 8, window_rows, seed, verify_shards=False) as stream:
+def batches(store, lanes, num_batches, seek=None, window_rows=20, seed=0, batch_rows=8):
+    with Stream(store, SITE, lanes, batch_rows, window_rows, seed, verify_shards=False) as stream:
         if seek is not None:
             stream.seek(seek)
-        return list(islice(stream, num_batches))
+        return [batch.clone() for batch in islice(stream, num_batches)]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,94 @@ def test_what_the_ranks_see_together_does_not_depend_on_how_many_they_are(store)
                 assert torch.equal(part.x[part.lane == lane], batch.x[batch.lane == lane])
 
 
+IDENTITY_LANES = [[[5, 0, 3], [4]], [[2], [2, 2]], [[7, 6], []], [[1, 1]]] * 4  # 16 lanes of 12, 6, 13, 2 rows
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_an_epoch_has_each_document_and_position_once_and_the_same_batches_on_1_to_16_ranks(stores, tmp_path, seed):
+    # Documents are a lane's own here, so (document, position) names a row: the store says position = row + 1, document = row // 3.
+    stores.build(tmp_path, IDENTITY_LANES)
+    names = {lane: identities(tmp_path, lane) for lane in range(16)}
+    alone = None
+    for num_ranks in (1, 2, 4, 8, 16):
+        ranks = [batches(tmp_path, range(rank, 16, num_ranks), 13, batch_rows=32, seed=seed, window_rows=80) for rank in range(num_ranks)]
+        together = [by_lane(step) for step in zip(*ranks, strict=True)]
+        alone = alone or together
+        for one, other in zip(alone, together, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        for lane, expected in names.items():
+            handed_out = [names[lane][row] for _, lanes, rows in together for row in rows[lanes == lane].tolist()]
+            assert len(expected) == len(set(expected))
+            for epoch in range(len(handed_out) // len(expected)):
+                assert Counter(handed_out[epoch * len(expected) : (epoch + 1) * len(expected)]) == Counter(expected)
+
+
+def identities(store, lane):
+    """(document, position) of each row of a lane, as another reader of the tars finds them."""
+    found = []
+    for path in sorted((store / SITE).glob(f"{lane:04d}-*.tar")):
+        for member in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False):
+            rows = safetensors.torch.load(member["rows.safetensors"])
+            found += zip(rows["document"].tolist(), rows["position"].tolist(), strict=True)
+    return found
+
+
+def by_lane(parts):
+    """The ranks' parts of a batch, put together in the order of lanes."""
+    x, lane, row = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "lane", "row"))
+    order = torch.argsort(lane, stable=True)
+    return x[order], lane[order], row[order]
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_the_rest_of_the_stream_is_the_same_from_any_stop_on_on_any_ranks(stores, data):
+    """Any store: lanes, shards, uneven rows, windows smaller and larger than a lane, batches larger than a window."""
+    layout = data.draw(st.lists(lane_rows, min_size=1, max_size=6).filter(lambda lanes: sum(sum(map(sum, lane)) for lane in lanes) > 1))
+    num_lanes = len(layout)
+    lane_batch = data.draw(st.integers(1, 6))
+    window_rows = data.draw(st.integers(num_lanes, 30 * num_lanes))
+    seed = data.draw(st.integers(0, 5))
+    stops = sorted(data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=3)))
+    rest = 6
+    with tempfile.TemporaryDirectory() as directory:
+        stores.build(Path(directory), layout)
+        given_to = {"batch_rows": lane_batch * num_lanes, "window_rows": window_rows, "seed": seed}
+        straight = batches(Path(directory), range(num_lanes), stops[-1] + rest, **given_to)
+        for stop in stops:
+            num_ranks = data.draw(st.sampled_from([n for n in range(1, num_lanes + 1) if num_lanes % n == 0]))
+            lanes_of_ranks = [range(rank, num_lanes, num_ranks) for rank in range(num_ranks)]
+            seek = stop * lane_batch * num_lanes
+            ranks = [batches(Path(directory), lanes, rest, seek=seek, **given_to) for lanes in lanes_of_ranks]
+            for step, parts in enumerate(zip(*ranks, strict=True)):
+                expected = by_lane([straight[stop + step]])
+                assert all(torch.equal(a, b) for a, b in zip(expected, by_lane(parts), strict=True))
+
+
+def test_a_stream_that_moves_from_1_to_2_to_4_ranks_goes_on(store):
+    straight = batches(store, range(4), 12)
+    moved = []
+    for num_ranks, first, count in ((1, 0, 3), (2, 3, 4), (4, 7, 5)):
+        ranks = [batches(store, range(rank, 4, num_ranks), count, seek=first * 8) for rank in range(num_ranks)]
+        moved += [by_lane(parts) for parts in zip(*ranks, strict=True)]
+    for one, other in zip(straight, moved, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(by_lane([one]), other, strict=True))
+
+
+def test_max_rows_takes_the_first_rows_of_each_lane_evenly(store):
+    # Lanes of 12, 6, 12 and 1 rows; 22 rows are 6, 6, 5 and 5 of them.
+    def used(max_rows, num_batches=24):
+        with Stream(store, SITE, range(4), 8, 20, seed=0, verify_shards=True, max_rows=max_rows) as stream:
+            batch_of = [batch.clone() for batch in islice(stream, num_batches)]
+        return [sorted(set(torch.cat([batch.row[batch.lane == lane] for batch in batch_of]).tolist())) for lane in range(4)]
+
+    assert used(22) == [list(range(6)), list(range(6)), list(range(5)), [0]]
+    assert used(4) == [[0], [0], [0], [0]]
+    assert used(1000) == [list(range(rows)) for rows in NUM_ROWS] == used(None)
+    with pytest.raises(ConfigError, match=r"train\.max_rows \(3\) is under one row a lane; set it to at least 4"):
+        used(3)
+
+
 @pytest.mark.parametrize("window_rows", [4, 12, 20, 1000])
 def test_seeking_equals_continuing(store, window_rows):
     straight = batches(store, range(4), 30, window_rows=window_rows)
@@ -85,10 +175,10 @@ def test_seeking_equals_continuing(store, window_rows):
 
 def test_a_used_stream_can_be_sent_back(store):
     with Stream(store, SITE, range(4), 8, 20, seed=0, verify_shards=True) as stream:
-        first = [stream.next_batch().row for _ in range(9)]
+        first = [stream.next_batch().clone().row for _ in range(9)]
         assert stream.rows_taken == 72
         stream.seek(16)
-        again = [stream.next_batch().row for _ in range(7)]
+        again = [stream.next_batch().clone().row for _ in range(7)]
     assert all(torch.equal(a, b) for a, b in zip(first[2:], again, strict=True))
 
 
@@ -96,7 +186,7 @@ def test_the_position_is_the_same_number_on_every_number_of_ranks(store):
     straight = batches(store, [1, 3], 9)
     with Stream(store, SITE, [1, 3], 8, 20, seed=0, verify_shards=True) as stream:
         stream.seek(5 * 8)
-        resumed = [stream.next_batch() for _ in range(4)]
+        resumed = [stream.next_batch().clone() for _ in range(4)]
         assert stream.rows_taken == 9 * 8
     assert all(torch.equal(a.x, b.x) for a, b in zip(straight[5:], resumed, strict=True))
     with pytest.raises(ValueError, match="10 rows are not as many from each of 4 lanes"):
