@@ -17,6 +17,7 @@ from gsae.config import LLMConfig, RandomLlamaConfig
 from gsae.corpus.contexts import Packer
 from gsae.corpus.documents import read_pieces
 from gsae.inspect import measure, show
+from gsae.inspect.mixing import Batching
 from gsae.llm.load import load
 from gsae.settings import read_config
 from gsae.store.finish import finish
@@ -77,7 +78,7 @@ def test_dropped_rows_are_those_of_a_slow_loop_over_the_text(folder, store):
                 if context.documents[row] >= 0 and reason:
                     tokens[reason][llm.tokenizer.convert_ids_to_tokens(int(context.tokens[row]))] += 1
                     norms[reason].append(norm / site.median_norm)
-    found = {inspected.manifest.name: inspected for inspected in measure.inspect_store(store).sites}[SITE].dropped
+    found = {inspected.manifest.name: inspected for inspected in measure.inspect_store(store, Batching()).sites}[SITE].dropped
     assert len(norms["outlier"]) > 20
     for reason in ("first", "outlier"):
         assert found[reason].rows == len(norms[reason])
@@ -89,7 +90,7 @@ def test_dropped_rows_are_those_of_a_slow_loop_over_the_text(folder, store):
 
 
 def test_norms_and_lanes_are_those_of_the_stored_rows(store):
-    site = {inspected.manifest.name: inspected for inspected in measure.inspect_store(store).sites}[SITE]
+    site = {inspected.manifest.name: inspected for inspected in measure.inspect_store(store, Batching()).sites}[SITE]
     norms = np.concatenate([rows.x.double().norm(dim=1).numpy() for _, rows in members(store)])
     lanes = Counter()
     for lane, rows in members(store):
@@ -105,7 +106,7 @@ def test_norms_and_lanes_are_those_of_the_stored_rows(store):
 def test_a_large_store_is_read_in_part_with_contexts_from_all_over_it(store):
     every = [len(rows.x) for _, rows in members(store)]
     with patch.object(measure, "MAX_NORM_ROWS", sum(every) // 3 + 1):
-        (site,) = (inspected for inspected in measure.inspect_store(store).sites if inspected.manifest.name == SITE)
+        (site,) = (inspected for inspected in measure.inspect_store(store, Batching()).sites if inspected.manifest.name == SITE)
     assert site.norm_rows == sum(every[::3])
 
 
@@ -130,7 +131,33 @@ def test_elsewhere_than_on_a_terminal_there_is_one_line_a_row(store, tmp_path, c
     assert [line for line in lines if line.startswith("resid.2, dropped rows: reason first, rows ") and '"<s>"' in line]
     assert lines[-1] == str(tmp_path / "norms.svg")
     assert "resid.2, what storing costs: type bfloat16, share of the variance " in "\n".join(lines)
-    assert len(lines) == 2 * (1 + 1 + 1 + 2 + 2) + 2  # each site: lanes, cost, norms, shares of two kinds, two reasons; two pictures
+    assert (
+        len(lines) == 2 * (1 + 1 + 1 + 2 + 2 + 1) + 2
+    )  # each site: lanes, cost, norms, shares of two kinds, two reasons, mixing; two pictures
+
+
+def test_how_well_windows_mix_is_shown_and_a_larger_one_advised_where_it_is_too_small(store, tmp_path, capsys):
+    words = ["inspect", store, "--output", tmp_path, "--batch-rows", 64]
+    assert run(*words, "--window-rows", 64) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [line for line in lines if line.startswith(f"{SITE}, mixing: batch rows 64, window rows 64, ")]
+    assert [float(line.rpartition("ratio ")[2]) > show.POOR_RATIO for line in found] == [True]
+    assert [line for line in lines if line.startswith("windows of 64 rows mix poorly: ") and line.endswith("; raise train.window_rows")]
+    assert run(*words, "--window-rows", load_manifest(store).sites[SITE].rows * 3 // 4) == 0
+    assert "poorly" not in capsys.readouterr().out
+    assert run(*words, "--json", "--seed", 3) == 0
+    shown = json.loads(capsys.readouterr().out)["sites"][SITE]["mixing"]
+    assert (shown["batch_rows"], shown["window_rows"], shown["seed"]) == (64, 1_048_576, 3)
+    assert shown["ratio"] == pytest.approx(shown["same_document_rows"] / shown["perfect_same_document_rows"])
+    assert 0.8 < shown["ratio"] < 1.1
+
+
+def test_a_batch_that_does_not_fit_the_lanes_is_one_line_and_nothing_is_written(store, tmp_path, capsys):
+    assert run("inspect", store, "--output", tmp_path / "pictures", "--batch-rows", 66) == 2
+    shown = capsys.readouterr()
+    assert shown.err == "gsae: --batch-rows (66) is not a multiple of the store's 4 lanes; give 64 or 68\n"
+    assert shown.out == ""
+    assert not (tmp_path / "pictures").exists()
 
 
 def test_a_token_that_looks_like_markup_is_shown_as_it_is(capsys):

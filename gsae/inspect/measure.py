@@ -1,7 +1,7 @@
-"""What a store holds. In: its directory. Out: of each site the rows a lane, norms, shares of large rows, and what was dropped.
+"""What a store holds. In: its directory. Out: of each site the rows a lane, norms, shares of large rows, what was dropped, how windows mix.
 
-The manifest and the progress logs say nearly all; only the norms of kept rows are read from the shards, of contexts spread evenly over
-the store, so that the time does not grow with it.
+The manifest and the progress logs say nearly all; only norms and documents of kept rows are read from the shards, of contexts here and
+there in the store, so that the time does not grow with it.
 """
 
 from collections import Counter
@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float64
 
 from gsae.errors import StoreError
+from gsae.inspect.mixing import Batching, Mixing, MixingMeter
 from gsae.store.manifest import Manifest, SiteManifest, load
 from gsae.store.progress import ShardRecord, progress_sha256, read_records
 from gsae.store.shards import map_tar, short_name, tar_path
@@ -51,6 +52,7 @@ class SiteInspection:
     """Those rows by `gsae.store.statistics.norm_bins`."""
     dropped: dict[str, Dropped]
     """By reason."""
+    mixing: Mixing
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,16 @@ def median_of_bins(bins: dict[int, int]) -> float:
     return norm_of_bin(ordered[middle] + 0.5)
 
 
-def inspect_store(store: Path) -> Inspection:
-    """Look at a whole store.
+def inspect_store(store: Path, batching: Batching) -> Inspection:
+    """Look at a whole store, and at how training would take batches from it.
 
     Raises:
-        StoreError: there is none, it is not whole, a log was changed, a shard has another size, or a stored value is not finite.
+        StoreError: there is none, it is not whole, a log was changed, a shard has another size or is damaged, or a stored value is not
+            finite.
+        ConfigError: `batching` does not fit the number of lanes.
     """
     manifest = load(store)
-    sites = {name: _Site(store, manifest, site) for name, site in manifest.sites.items()}
+    sites = {name: _Site(store, manifest, site, batching) for name, site in manifest.sites.items()}
     for lane, described in enumerate(manifest.lanes):
         if progress_sha256(store, lane) != described.progress_sha256:
             raise StoreError(
@@ -97,15 +101,16 @@ def inspect_store(store: Path) -> Inspection:
             )
         records = read_records(store, lane)
         for site in sites.values():
-            site.add(records)
+            site.add(lane, records)
     return Inspection(manifest, [site.result() for site in sites.values()])
 
 
 class _Site:
     """What is known of a site after some of its lanes."""
 
-    def __init__(self, store: Path, manifest: Manifest, site: SiteManifest) -> None:
+    def __init__(self, store: Path, manifest: Manifest, site: SiteManifest, batching: Batching) -> None:
         self._store, self._manifest, self._site = store, manifest, site
+        self._mixing = MixingMeter(store, site.name, site.rows, manifest.num_lanes, batching)
         self._every = -(-site.rows // MAX_NORM_ROWS)
         self._contexts = 0
         self._lane_rows: list[int] = []
@@ -113,9 +118,11 @@ class _Site:
         self._tokens: dict[str, Counter[str]] = {}
         self._bins: dict[str, Counter[int]] = {}
 
-    def add(self, records: Sequence[ShardRecord]) -> None:
+    def add(self, lane: int, records: Sequence[ShardRecord]) -> None:
         """The shards of the next lane."""
-        self._lane_rows.append(sum(record.sites[self._site.name].tar.rows for record in records))
+        tars = [record.sites[self._site.name].tar for record in records]
+        self._lane_rows.append(sum(tar.rows for tar in tars))
+        self._mixing.add(lane, tars)
         for record in records:
             self._add_dropped(record.sites[self._site.name].statistics)
             self._norms += self._read_norms(record)
@@ -142,7 +149,8 @@ class _Site:
         norms = np.concatenate(self._norms)
         quantiles = {share: float(np.quantile(norms, share)) for share in (*QUANTILES, 1.0)}
         bins = Counter(norm_bins(norms, self._site.median_norm).tolist())
-        return SiteInspection(self._site, self._lane_rows, len(norms), quantiles, dict(sorted(bins.items())), self._dropped())
+        binned = dict(sorted(bins.items()))
+        return SiteInspection(self._site, self._lane_rows, len(norms), quantiles, binned, self._dropped(), self._mixing.result())
 
     def _dropped(self) -> dict[str, Dropped]:
         found = {}
@@ -173,6 +181,7 @@ def _site_to_json(site: SiteInspection, num_tokens: int) -> dict[str, Any]:
         "norm_quantiles": site.quantiles,
         "norms": _bins_to_json(site.norms),
         **above,
+        "mixing": site.mixing.to_json(),
         "dropped": {
             reason: {
                 "rows": dropped.rows,

@@ -11,6 +11,8 @@ from gsae.store.manifest import Share
 from gsae.store.statistics import NORM_MULTIPLES
 
 _SHOWN_TOKENS = 8
+POOR_RATIO = 2.0
+"""Times as many rows of one document in a batch as after a perfect shuffle, above which a larger window is advised."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,43 @@ def tables(inspection: Inspection) -> list[Table]:
                 if dropped.rows
             ],
         ),
+        Table(
+            "mixing",
+            ["site", "batch rows", "window rows", "others of a row's document in its batch", "after a perfect shuffle", "ratio"],
+            [_mixing_cells(site) for site in sites],
+        ),
     ]
 
 
+def advice(inspection: Inspection) -> str | None:
+    """What to change in training, in one line."""
+    poor = {
+        site.manifest.name: site.mixing.ratio
+        for site in inspection.sites
+        if site.mixing.ratio and site.mixing.ratio > POOR_RATIO and site.mixing.window_rows < site.manifest.rows
+    }
+    if not poor:
+        return None
+    (name, ratio), window_rows = max(poor.items(), key=lambda item: item[1]), inspection.sites[0].mixing.window_rows
+    return (
+        f"windows of {window_rows:,} rows mix poorly: rows of one document meet {ratio:.1f} times as often as after a perfect shuffle "
+        f"({name}); raise train.window_rows"
+    )
+
+
 def show(inspection: Inspection) -> None:
-    """Write the tables to stdout."""
+    """Write the tables and the advice to stdout."""
     if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
         _show_rich(tables(inspection))
-        return
-    for table in tables(inspection):
+    else:
+        _show_plainly(tables(inspection))
+    line = advice(inspection)
+    if line:
+        sys.stdout.write(f"{line}\n")
+
+
+def _show_plainly(shown: list[Table]) -> None:
+    for table in shown:
         for name, *cells in table.rows:
             values = ", ".join(f"{column} {cell}" for column, cell in zip(table.columns[1:], cells, strict=True))
             sys.stdout.write(f"{name}, {table.title}: {values}\n")
@@ -113,3 +143,11 @@ def _dropped_cells(dropped: Dropped) -> list[str]:
     else:
         tokens = " ".join(f"{json.dumps(token, ensure_ascii=False)} {rows:,}" for token, rows in dropped.tokens[:_SHOWN_TOKENS])
     return [f"{dropped.rows:,}", norm, tokens or "-"]
+
+
+def _mixing_cells(site: SiteInspection) -> list[str]:
+    mixing = site.mixing
+    part = f" (from {mixing.perfect_from_rows:,} rows)" if mixing.perfect_from_rows < site.manifest.rows else ""
+    ratio = "-" if mixing.ratio is None else f"{mixing.ratio:.2f}"
+    others = [f"{mixing.same_document_rows:.3g}", f"{mixing.perfect_same_document_rows:.3g}{part}"]
+    return [site.manifest.name, f"{mixing.batch_rows:,}", f"{mixing.window_rows:,}", *others, ratio]

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import safetensors.torch
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, Int32, Shaped
 from torch import Tensor
 from webdataset.writer import TarWriter
 
@@ -247,3 +248,35 @@ def read_tar(path: Path) -> Iterator[Member]:
                 assert content is not None
                 rows = ContextRows(**safetensors.torch.load(content.read()))
                 yield Member(info.name.removesuffix(f".{ROWS_MEMBER}"), rows)
+
+
+def read_documents(path: Path, record: TarRecord, first_row: int, num_rows: int) -> Int32[np.ndarray, " rows"]:
+    """The document of each of some rows that stand one after another in a shard; of the others, and of x, nothing is read.
+
+    Raises:
+        StoreError: the tar is missing, has another size than the record, or its members cannot be read.
+    """
+    require_size(path, record)
+    documents: list[Int32[np.ndarray, " rows"]] = []
+    begin, end = 0, first_row + num_rows  # begin: of the context, counted over the rows of the shard
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            members = (member for member in tar if member.name.endswith(ROWS_MEMBER))
+            for rows in record.context_rows:
+                if begin >= end:
+                    break
+                member = next(members)
+                if begin + rows > first_row:
+                    documents.append(_read_document(file, member, rows)[max(0, first_row - begin) : end - begin])
+                begin += rows
+    except (tarfile.TarError, ValueError, LookupError, StopIteration) as error:
+        raise StoreError(f"shard {short_name(path)} is damaged; run gsae verify {path.parent.parent} --repair") from error
+    return np.concatenate([np.empty(0, np.int32), *documents])
+
+
+def _read_document(file: BinaryIO, member: tarfile.TarInfo, rows: int) -> Int32[np.ndarray, " rows"]:
+    file.seek(member.offset_data)
+    head = file.read(8)
+    head += file.read(min(int.from_bytes(head, "little"), member.size))
+    file.seek(member.offset_data + _tensor_offsets(head)["document"])
+    return np.frombuffer(file.read(4 * rows), "<i4", rows)

@@ -1,6 +1,7 @@
 import hashlib
 import json
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -10,7 +11,7 @@ from made_up_shards import write_tar
 
 from gsae.errors import StoreError
 from gsae.store.encoding import STORAGE_TYPES, encode
-from gsae.store.shards import ContextRows, TarRecord, map_tar, open_tar, read_tar, tar_path
+from gsae.store.shards import ContextRows, TarRecord, map_tar, open_tar, read_documents, read_tar, tar_path
 
 NAMES = ("x", "token", "position", "document")
 
@@ -153,3 +154,36 @@ def test_a_tar_whose_block_raises_is_not_there(tmp_path):
         tar.add(random_context(3, "bfloat16", 0))
         raise KeyError
     assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 206), (0, 5), (3, 4), (5, 1), (6, 200), (100, 50), (205, 1), (206, 0), (0, 0)])
+def test_documents_are_read_of_any_part_of_a_shard(written, first, count):
+    path, contexts, record, _ = written
+    documents = torch.cat([context.document for context in contexts])
+    assert read_documents(path, record, first, count).tolist() == documents[first : first + count].tolist()
+
+
+def test_where_documents_are_read_activations_are_not(tmp_path):
+    path, num_rows = tar_path(tmp_path, "resid.2", 0, 0), 2000
+    integers = torch.zeros(num_rows, dtype=torch.int32)
+    record = write_tar(path, 0, 0, [ContextRows(torch.zeros(num_rows, 500), integers, integers, integers) for _ in range(3)])
+
+    def bytes_read():
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = bytes_read()
+    assert len(read_documents(path, record, 0, 3 * num_rows)) == 3 * num_rows
+    assert bytes_read() - before < record.bytes / 50
+
+
+@pytest.mark.parametrize("words", [b"ustar", b"0003-000012-00002.json", b'{"', b"document"], ids=["tar", "member", "tensors", "document"])
+def test_documents_of_a_damaged_shard_are_refused_in_one_line(written, words):
+    path, _, record, _ = written
+    content = bytearray(path.read_bytes())
+    content[content.rindex(words) if words == b'{"' else content.index(words)] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match=rf"^shard resid\.15/0003-000012\.tar is damaged; run gsae verify {path.parents[1]} --repair$"):
+        read_documents(path, record, 0, 206)
+    path.unlink()
+    with pytest.raises(StoreError, match=r"resid\.15/0003-000012\.tar is missing in .*; run gsae harvest again"):
+        read_documents(path, record, 0, 206)
