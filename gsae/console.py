@@ -152,8 +152,13 @@ class TrainingView:
         self._statuses = dict.fromkeys(run_names, RunStatus())
         self._written = dict(self._statuses)
         self._paces = {name: Pace() for name in run_names}
+        self._times = ""
         self._frames = Pace(least_seconds=0.25, most_seconds=0.25)
         self._live = None if terminal is None else self._start_live(terminal)
+
+    def show_times(self, shares: str) -> None:
+        """What the time goes for, in at most 75 characters; shown with the next numbers, under the table or at the end of a line."""
+        self._times = shares
 
     def update(
         self,
@@ -203,12 +208,13 @@ class TrainingView:
         return live
 
     def _table(self, width: int) -> "Table":
-        return _runs_table(f"{self._site}, {format_count(self._total_rows)} rows a run", self._statuses, self._total_rows, width)
+        title = f"{self._site}, {format_count(self._total_rows)} rows a run"
+        return _runs_table(title, self._statuses, self._total_rows, width, self._times)
 
     def _write_line(self, run_name: str) -> None:
         status = self._written[run_name] = self._statuses[run_name]
         numbers = ", ".join(f"{word} {cell}" for word, cell in zip(_WORDS, _cells(status, self._total_rows), strict=True))
-        self._console.write(f"{self._site} {run_name}: {numbers}")
+        self._console.write(f"{self._site} {run_name}: {numbers}{self._times and f' ({self._times})'}")
 
 
 class ProgressBar:
@@ -330,11 +336,14 @@ def _cells(status: RunStatus, total_rows: int) -> list[str]:
     return [done, format_count(status.rows_per_second), *losses, dead, format_duration(status.eta_seconds), status.state]
 
 
-def _runs_table(title: str, statuses: Mapping[str, RunStatus], total_rows: int, width: int) -> "Table":
+def _runs_table(title: str, statuses: Mapping[str, RunStatus], total_rows: int, width: int, caption: str = "") -> "Table":
     """One line a run; a name too long for the width is broken at a hyphen instead of being cut."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0), header_style="dim")
+    if caption:
+        table.caption = Text(caption, style="dim", no_wrap=True, overflow="ignore")  # the table may be narrower
     table.add_column("run", no_wrap=True)
     for name in _COLUMNS:
         table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)

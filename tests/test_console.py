@@ -113,6 +113,19 @@ def test_a_run_gets_a_line_at_first_at_a_new_state_and_at_the_end(capsys):
     ]
 
 
+SHARES = "waiting 20%, copying 20%, computing 20%, communicating 20%, chores 20%"
+
+
+def test_a_line_ends_with_what_the_time_goes_for(capsys):
+    with open_console(is_first_rank=True).training("resid.15", ["a"], 100) as view:
+        view.update("a", 10, **NUMBERS, state="running")
+        view.show_times(SHARES)
+        view.update("a", 20, **NUMBERS, state="finished")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("state running")
+    assert second.endswith(f"state finished ({SHARES})")
+
+
 def test_the_last_numbers_are_shown_when_training_raises(capsys):
     def train() -> None:
         with open_console(is_first_rank=True).training("resid.15", ["a"], 100) as view:
@@ -179,14 +192,21 @@ def test_long_run_names_are_whole_at_100_columns(width):
     names = ["relu-m2304-l0.15-s0", "gated-no-aux-resampled-m32768-l0.0125-s0", "gated-norm-weighted-m32768-l0.025-s1"]
     status = RunStatus(153_600, 12_345.0, 0.312, 121.2, 0.0001, 1046.4, 0.317, 0.123, 3900.0, "running")
     screen = RichConsole(width=width, file=io.StringIO(), record=True)
-    screen.print(_runs_table("resid.15", dict.fromkeys(names, status), 300_000, width))
-    lines = screen.export_text().splitlines()
+    screen.print(_runs_table("resid.15", dict.fromkeys(names, status), 300_000, width, SHARES))
+    *lines, last = screen.export_text().splitlines()
+    assert last.strip() == SHARES
     assert max(map(len, lines)) <= width
     text = "\n".join(lines)
     assert "…" not in text
     shown = "".join(line[: line.find(" 154k")].strip() if " 154k" in line else line.strip() for line in lines[2:])
     assert shown == "".join(names)
     assert re.search(r"154k 51% +12.3k +0.312 +121.2 +1e-04 +1.05k +0.317 +12.3% +1h05m +running", text)
+
+
+def test_what_the_time_goes_for_is_one_line_under_a_narrow_table():
+    screen = RichConsole(width=100, file=io.StringIO(), record=True)
+    screen.print(_runs_table("resid.15", {"relu-m8-l1-s0": RunStatus()}, 300_000, 100, SHARES))
+    assert screen.export_text().splitlines()[-1].strip() == SHARES
 
 
 def on_terminal(code: str) -> str:
@@ -214,12 +234,14 @@ def test_on_a_terminal_one_group_gets_a_live_table_and_several_get_lines(num_gro
         with console.training("resid.15", ["gated-m2304-l0.175-s0"], 1000, num_groups={num_groups}) as view:
             view.update("gated-m2304-l0.175-s0", 500, 10.0, 0.3, 1.8, 0.3, 46.4, 0.3, 0.01, 50, "running")
             view.say("a line above")
+            view.show_times("{SHARES}")
             view.update("gated-m2304-l0.175-s0", 1000, 10.0, 0.3, 1.8, 0.3, 46.4, 0.3, 0.01, 0, "finished")
     """)
     moves_up = re.search(r"\x1b\[\d*A|\x1b\[2K", output) is not None
     assert moves_up == is_live
     assert output.rindex("resid.15: a line above") < output.rindex("finished")
     assert ("recon." in output) == is_live
+    assert SHARES in output
 
 
 def test_on_a_terminal_progress_is_a_bar():

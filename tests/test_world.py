@@ -1,6 +1,7 @@
 """Collectives and boards on real ranks; each rank asserts for itself."""
 
 import contextlib
+import copy
 import threading
 import time
 
@@ -48,6 +49,40 @@ def fail_on_rank_1(group: world.Group) -> None:
             raise StoreError("disk full")
 
 
+def check_time_of_sums(size: int) -> None:
+    """The time between the two calls is what DDP's own stopwatch found, step by step; the last rank is late at the fourth."""
+    with world.start("cpu") as here:
+        torch.manual_seed(0)
+        layers = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Linear(256, 64))
+        layers.unused = torch.nn.Parameter(torch.zeros(3))
+        module, untouched = (here.everyone.wrap(copy.deepcopy(layers)) for _ in range(2))
+        module._set_ddp_runtime_logging_sample_rate(1)
+        times: list[float] = []
+        world.on_sum(module, *2 * [lambda: times.append(time.perf_counter())])
+        x = torch.randn(32, 64, generator=torch.Generator().manual_seed(here.everyone.rank))
+        for step in range(6):
+            for wrapped in (untouched, module):
+                wrapped.zero_grad()
+                if wrapped is module and step == 3 and here.everyone.rank == size - 1:
+                    time.sleep(0.3)
+                wrapped(x).square().mean().backward()
+            before, after = times
+            assert all(
+                theirs.grad is None if own.grad is None else torch.equal(own.grad, theirs.grad)
+                for own, theirs in zip(module.parameters(), untouched.parameters(), strict=True)
+            )
+            times.clear()
+            with world.without_sum(module):
+                module(x).square().mean().backward()
+            assert times[1] - times[0] < 0.1, "nothing is waited for"
+            times.clear()
+            module(x)  # which lets DDP take stock
+            found = module._get_ddp_logging_data()
+            its_own = (int(found["backward_comm_time"]) - int(found["backward_compute_comm_overlap_time"])) / 1e9
+            assert after - before == pytest.approx(its_own, abs=0.05)
+            assert step != 3 or here.everyone.rank == size - 1 or after - before > 0.25
+
+
 def check_groups(size: int) -> None:
     with world.start("cpu", num_groups=2) as here:
         assert here.group.size == size // 2
@@ -67,6 +102,10 @@ def test_collectives(size):
 
 def test_ranks_fail_together():
     ranks.run(2, check_together, 2)
+
+
+def test_the_time_of_a_sum_of_gradients_is_what_ddp_found_and_changes_no_gradient():
+    ranks.run(2, check_time_of_sums, 2)
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from gsae.store.runs import checkpoints, damage, find_runs, read_metrics
 
-TIMES = ("seconds", "rows_per_second")
+TIMES = ("seconds", "rows_per_second", "shares")
 
 
 def again(trained: Path, folder: Path, **train) -> Path:

@@ -1,10 +1,11 @@
 """The runs of one site while they train. In: a bank's specification, a stream, a group of ranks. Out: `Bank` and its `Run`s, stepped.
 
-All runs of a bank see the same rows; each has its own DDP module, so one that has stopped is skipped by all ranks alike.
+All runs of a bank see the same scaled rows; each has its own DDP module, so one that has stopped is skipped by all ranks alike.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -14,15 +15,16 @@ from torch import Tensor, nn
 
 from gsae.config import TrainConfig
 from gsae.sae.objective import SAE, UNIT_NORM, build
-from gsae.store.manifest import SiteManifest
 from gsae.store.stream import Batch, Stream
+from gsae.train.clock import Clock
+from gsae.train.feed import Feed
 from gsae.train.firing import FiringCounter
 from gsae.train.meter import Meter
 from gsae.train.optim import SAEOptimizer
 from gsae.train.plan import BankSpec, RunSpec
 from gsae.train.schedule import lambda_multiplier, learning_rate_multiplier, recovery_multiplier
 from gsae.train.step import TrainingModule, update
-from gsae.world import Group
+from gsae.world import Group, on_sum
 
 
 @dataclass
@@ -99,6 +101,16 @@ class Bank:
     step: int = 0
     stopping: bool = False
     """Whether all ranks agreed to stop here."""
+    clock: Clock = field(init=False)
+    """What this rank's time goes for."""
+    feed: Feed | None = None
+    """The rows of the stretch, while it is trained on."""
+
+    def __post_init__(self) -> None:
+        self.clock = Clock(self.group.device)
+        if self.group.size > 1:  # one rank alone sums nothing
+            for run in self.runs:
+                on_sum(run.module, partial(self.clock.enter, "communicating"), partial(self.clock.enter, "computing"))
 
     @property
     def active_runs(self) -> list[Run]:
@@ -143,9 +155,18 @@ class Bank:
         """The sparsity coefficient of an update; the first is number 0."""
         return run.spec.lambda_ * lambda_multiplier(step, self.spec.total_steps, self.config.schedule)
 
-    def scaled(self, batch: Batch, run: Run) -> Float[Tensor, "rows d_model"]:
-        """Stored rows on the device, in the training type, times the site's scale."""
-        return batch.decode(self.group.device, torch_dtype(self.config)) * run.spec.scale
+    def feed_from(self, stream: Stream) -> Feed:
+        """The scaled rows of a stream from where the bank stands."""
+        dtype = torch_dtype(self.config)
+        return Feed(
+            stream,
+            self.stream_rows,
+            batch_rows=self.spec.batch_rows,
+            scale=self.spec.scale,
+            device=self.group.device,
+            dtype=dtype,
+            clock=self.clock,
+        )
 
 
 class Chore(Protocol):
@@ -160,15 +181,19 @@ class Chore(Protocol):
 
 def train(bank: Bank, chores: Sequence[Chore]) -> None:
     """Step all runs through a stretch, until none is left, or until the ranks agreed to stop. Chores run in list order after each step."""
+    bank.clock.enter("waiting")
     with bank.group.together():
         stream = bank.stretch.open_stream()
-    with stream:
-        stream.seek(bank.stream_rows)
+    with stream, bank.feed_from(stream) as bank.feed:
         while bank.step < bank.until and bank.active_runs and not bank.stopping:
-            batch = stream.next_batch()
+            x = bank.feed.next()
+            bank.clock.enter("computing")
             for run in bank.active_runs:
-                train_step(bank, run, bank.scaled(batch, run))
+                train_step(bank, run, x)
             bank.step += 1
+            if bank.step < bank.until:
+                bank.feed.look_ahead()
+            bank.clock.enter("chores")
             for chore in chores:
                 if chore.is_due(bank):
                     chore.run(bank)
@@ -194,12 +219,12 @@ def torch_dtype(config: TrainConfig) -> torch.dtype:
     return torch.float64 if config.dtype == "float64" else torch.float32
 
 
-def make_run(spec: RunSpec, directory: Path, config: TrainConfig, site: SiteManifest, group: Group) -> Run:
-    """A run at its initial values, the same on all ranks."""
+def make_run(spec: RunSpec, directory: Path, config: TrainConfig, mean: Float[Tensor, " d_model"], group: Group) -> Run:
+    """A run at its initial values, the same on all ranks; `mean` is that of the scaled rows."""
     sae = build(spec.objective, spec.d_model, spec.num_features, spec.seed, torch_dtype(config)).to(group.device)
     if config.decoder_bias == "mean":
         with torch.no_grad():
-            sae.b_dec.copy_(site.mean * spec.scale)
+            sae.b_dec.copy_(mean)
     optimizer = SAEOptimizer(
         sae,
         betas=config.adam_betas,
@@ -212,13 +237,10 @@ def make_run(spec: RunSpec, directory: Path, config: TrainConfig, site: SiteMani
     return Run(spec, directory, sae, training, group.wrap(training), optimizer, firing, meter)
 
 
-def fresh_rows(bank: Bank, run: Run, num_rows: int) -> Iterator[Batch]:
-    """Scaled local batches of at least `num_rows` rows over all ranks: those that training will see next, read by a stream of their own.
+def fresh_rows(bank: Bank, num_rows: int) -> Iterator[Batch]:
+    """Scaled local batches of at least `num_rows` rows over all ranks: those that training will see next.
 
     Where a part ends before there are enough, they go on with rows of that part from its beginning.
     """
-    with bank.stretch.open_stream() as stream:
-        stream.seek(bank.stream_rows)
-        for _ in range(-(-num_rows // bank.spec.batch_rows)):
-            batch = stream.next_batch()
-            yield replace(batch, x=bank.scaled(batch, run), row_scale=None)
+    assert bank.feed is not None
+    return bank.feed.upcoming(-(-num_rows // bank.spec.batch_rows))

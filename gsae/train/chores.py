@@ -13,9 +13,10 @@ from typing import Any
 from gsae.config import TrainConfig
 from gsae.console import TrainingView
 from gsae.store.runs import METRICS_FILE
-from gsae.train import resample
+from gsae.train import doctor, resample
 from gsae.train.bank import Bank, Run, fresh_rows
 from gsae.train.checkpoint import save_runs
+from gsae.train.clock import Seconds
 from gsae.train.meter import Reading
 from gsae.train.schedule import event_steps, warmup_steps
 
@@ -61,7 +62,7 @@ def _dead_share(bank: Bank, run: Run) -> DeadShare:
 
 
 class Log:
-    """A metrics line a run; stops runs that are not finite, or have had L0 under 1 or FVU over 1 for too long.
+    """A metrics line a run; stops runs that are not finite, or sick for too long; says at the end what bound the speed.
 
     Also due before each checkpoint, so that a checkpoint need not hold half-summed measures.
     """
@@ -70,6 +71,7 @@ class Log:
         self._view = view
         self._time = time.monotonic()
         self._step: int | None = None
+        self._spent = Seconds()
 
     def is_due(self, bank: Bank) -> bool:
         """Every `train.log_every_steps`, and before a checkpoint."""
@@ -82,14 +84,19 @@ class Log:
         assert self._step is not None
         now = time.monotonic()
         steps, seconds = bank.step - self._step, now - self._time
-        if steps == 0:
-            return
-        for run in bank.active_runs:
-            run.seconds += seconds
-            self._log(bank, run, steps, steps * bank.spec.batch_rows / seconds)
-        self._time, self._step = time.monotonic(), bank.step
+        if steps > 0:
+            spent = doctor.critical_path(bank.clock.read(), bank.group)
+            self._spent += spent
+            self._view.show_times(doctor.brief(spent))
+            for run in bank.active_runs:
+                run.seconds += seconds
+                self._log(bank, run, steps, steps * bank.spec.batch_rows / seconds, doctor.shares(spent))
+            self._time, self._step = time.monotonic(), bank.step
+        if self._spent.total and (bank.step == bank.until or bank.stopping or not bank.active_runs):
+            self._view.say(doctor.verdict(self._spent))
+            self._spent = Seconds()
 
-    def _log(self, bank: Bank, run: Run, steps: int, rows_per_second: float) -> None:
+    def _log(self, bank: Bank, run: Run, steps: int, rows_per_second: float, shares: dict[str, float]) -> None:
         reading, dead = run.meter.read(bank.group), _dead_share(bank, run)
         if reading.non_finite_step is not None:
             self._stop(bank, run, dead, f"the gradient of step {reading.non_finite_step} was not finite; the weights did not move by it")
@@ -98,7 +105,7 @@ class Log:
         lambda_ = bank.lambda_(run, last)
         measured = {name: value for name, value in asdict(reading).items() if name != "non_finite_step"}
         settings = {"learning_rate": bank.learning_rate(run, last), "lambda": lambda_}
-        times = {"rows_per_second": rows_per_second, "seconds": run.seconds}
+        times = {"rows_per_second": rows_per_second, "seconds": run.seconds, "shares": shares}
         penalty = reading.sparsity + run.spec.pre_activation_loss * reading.pre_activation
         loss = reading.reconstruction + lambda_ * penalty + reading.auxiliary
         measured |= {"loss": loss, "fvu": fvu, "is_sparse": run.training.is_sparse}
@@ -205,7 +212,7 @@ class Resample:
             found,
             run.sae,
             run.optimizer,
-            fresh_rows(bank, run, found.candidate_rows),
+            fresh_rows(bank, found.candidate_rows),
             config=config,
             seed=run.spec.seed,
             run_name=run.spec.name,

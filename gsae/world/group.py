@@ -125,6 +125,35 @@ def without_sum(module: nn.Module) -> AbstractContextManager[None]:
     return module.no_sync()
 
 
+def on_sum(module: nn.Module, before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Have `before` called when a backward pass of a wrapped module has its own gradients, and `after` when it has their sum over ranks.
+
+    What lies between is the part of the communication that the backward pass did not hide, waiting for slower ranks included; nothing in a
+    block `without_sum`. On a GPU both are called when the work before them is queued, and may come from another thread.
+    """
+    engine = torch.autograd.Variable._execution_engine
+    is_queued = False
+
+    def end() -> None:
+        nonlocal is_queued
+        is_queued = False
+        after()
+
+    def begin() -> None:
+        before()
+        engine.queue_callback(end)
+
+    def queue(parameter: Tensor) -> None:
+        nonlocal is_queued
+        # The engine calls back in the order of the queue: this before DDP, which asks with the last gradient, and `end` after it.
+        if not is_queued:
+            is_queued = True
+            engine.queue_callback(begin)
+
+    for parameter in module.parameters():
+        parameter.register_post_accumulate_grad_hook(queue)  # type: ignore[no-untyped-call]
+
+
 def lanes_of(group: Group, num_lanes: int) -> Sequence[int]:
     """The lanes of this rank: r, r + R, r + 2R, ...
 

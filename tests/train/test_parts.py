@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from conftest import write_config
 from in_parts import alternate, begin, copied, fail_with, part_stores, settings_in
@@ -339,10 +340,11 @@ class FakeStream:
 def test_training_and_candidates_are_read_from_the_place_in_the_present_part():
     stream = FakeStream()
     stretch = Stretch(lambda: stream, first_step=70, end_step=90, visit=1, is_part=True)
-    group, spec = SimpleNamespace(together=nullcontext), BankSpec("resid.1", (), batch_rows=64, total_steps=250)
+    group = SimpleNamespace(together=nullcontext, size=1, device=torch.device("cpu"))
+    spec = BankSpec("resid.1", (), scale=1.0, batch_rows=64, total_steps=250)
     bank = Bank(spec, TrainConfig(), group, stretch, runs=[], variance=1.0, step=75)
     train(bank, [])
-    list(fresh_rows(bank, None, 0))
+    list(fresh_rows(bank, 0))
     assert stream.sought == [5 * 64, 5 * 64]
     assert bank.position == Position(1, 5 * 64)
     bank.step = 90
