@@ -63,6 +63,9 @@ class Config:
             nearest = f"{below} or {below + lanes}" if below else f"{lanes}"
             raise ConfigError(f"train.batch_rows ({rows}) is not a multiple of corpus.num_lanes ({lanes}); set it to {nearest}")
 
+        for name in ("window_rows", "max_rows"):
+            rows = getattr(self.train, name)
+            require(rows is None or rows >= lanes, f"train.{name} ({rows}) is under one row a lane; set it to at least {lanes}")
         require(
             self.train.max_rows is None or self.corpus.parts == 1,
             f"train.max_rows ({self.train.max_rows}) goes with a corpus in one part; set it to null, or corpus.parts to 1",

@@ -188,7 +188,6 @@ class TrainConfig:
             require(0 < rate < inf, f"train.{name} is {rate}; give a positive number")
         require(all(0 <= beta < 1 for beta in self.adam_betas), f"train.adam_betas is {self.adam_betas}; give two numbers in [0, 1)")
         require(self.adam_eps > 0, f"train.adam_eps is {self.adam_eps}; give a positive number")
-        require(self.max_rows is None or self.max_rows >= 1, f"train.max_rows is {self.max_rows}; give a positive number, or null for all")
         micro = self.micro_batch_rows
         require(micro is None or micro >= 1, f"train.micro_batch_rows is {micro}; give a positive number, or null")
         density = self.sparse_below_density

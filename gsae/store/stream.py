@@ -270,4 +270,4 @@ def _require_fit(batch_rows: int, window_rows: int, max_rows: int | None, num_la
     if window_rows < num_lanes:
         raise ConfigError(f"train.window_rows ({window_rows}) is under one row a lane; set it to at least {num_lanes}")
     if max_rows is not None and max_rows < num_lanes:
-        raise ConfigError(f"train.max_rows ({max_rows}) is under one row a lane; set it to at least {num_lanes}, or to null for all rows")
+        raise ConfigError(f"train.max_rows ({max_rows}) is under one row a lane; set it to at least {num_lanes}")

@@ -14,6 +14,7 @@ from conftest import small_settings, write_config, write_text
 from ranks import gsae, run_gsae, started
 from trained_runs import again, assert_equal, assert_near, final_states, lines, num_lines
 
+from gsae.store import manifest as manifests
 from gsae.store.runs import checkpoints, find_runs
 
 
@@ -69,6 +70,33 @@ def test_micro_batches_train_what_whole_batches_train(trained, tmp_path, size):
     assert_near(tmp_path / "runs", trained / "runs")
 
 
+def test_max_rows_trains_on_the_first_rows_alone(trained, tmp_path):
+    """A training that may use all rows and one that may use as many as there are agree; one on fewer rows does not depend on the others."""
+    assert "max_rows" not in json.loads((find_runs(trained / "runs")[0] / "run.json").read_text())["settings"]
+    for name, rows in (("all", 10**9), ("few", 400), ("poisoned", 400)):
+        config = again(trained, tmp_path / name, max_rows=rows, sites=[1], verify_shards=False)
+        if name == "poisoned":  # the last shard of each lane, beyond its first 100 rows
+            settings = yaml.safe_load(config.read_text())
+            shutil.copytree(trained / "store", tmp_path / "store")
+            for lane in range(4):
+                last = sorted((tmp_path / "store/resid.1").glob(f"{lane:04d}-*.tar"))[-1]
+                assert last.name != f"{lane:04d}-000000.tar"
+                last.write_bytes(b"\xff" * last.stat().st_size)
+            settings["harvest"]["store"] = str(tmp_path / "store")
+            write_config(config, settings)
+        run_gsae(2, ["train", config])
+    of_site = {run: tensors for run, tensors in final_states(trained / "runs").items() if run.startswith("resid.1/")}
+    assert_states_near(final_states(tmp_path / "all/runs"), of_site)
+    assert_equal(tmp_path / "poisoned/runs", tmp_path / "few/runs")
+
+
+def assert_states_near(states, wanted) -> None:
+    assert states.keys() == wanted.keys()
+    for run, tensors in wanted.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(states[run][name], tensor, rtol=0, atol=1e-9 if tensor.is_floating_point() else 0)
+
+
 def test_groups_train_what_one_rank_trains(trained, tmp_path):
     run_gsae(2, ["train", again(trained, tmp_path), "--train.groups", "2"])
     assert_equal(tmp_path / "runs", trained / "runs")
@@ -98,18 +126,25 @@ def is_alive(process) -> bool:
     return process.is_alive()
 
 
-def test_a_run_continues_on_another_number_of_ranks(trained, tmp_path):
-    config = again(trained, tmp_path)
-    stop_after_some_lines(config, tmp_path / "runs", size=2)
-    run_gsae(1, ["train", config])
-    assert_near(tmp_path / "runs", trained / "runs")
+def test_a_run_moves_from_1_to_2_to_4_ranks_in_mid_epoch(trained, tmp_path):
+    config, output = again(trained, tmp_path), tmp_path / "runs"
+    places = []
+    for size in (1, 2):
+        stop_after_some_lines(config, output, size)
+        stopped = json.loads((output / "stopped.json").read_text())
+        epoch_rows = manifests.load(trained / "store").sites[stopped["site"]].rows
+        places.append((stopped["site"], stopped["step"], stopped["step"] * 64 / epoch_rows))
+    assert places[0] < places[1], "the second session got no further than the first"
+    assert all(0.02 < epochs % 1 < 0.98 for _, _, epochs in places), places
+    run_gsae(4, ["train", config])
+    assert_near(output, trained / "runs")
 
 
 def stop_after_some_lines(config: Path, output: Path, size: int) -> None:
     """SIGTERM to one rank only; all stop together."""
     with started(size, gsae, "train", str(config)) as ranks:
-        until = time.monotonic() + 60
-        while num_lines(output) < 6 and time.monotonic() < until:
+        enough, until = num_lines(output) + 6, time.monotonic() + 60
+        while num_lines(output) < enough and time.monotonic() < until:
             time.sleep(0.002)
         os.kill(ranks.processes[-1].pid, signal.SIGTERM)
         assert ranks.wait(25) == [0] * size, ranks.output()
@@ -218,6 +253,8 @@ def test_a_run_of_another_version_is_not_continued(trained, tmp_path):
     ("change", "size", "words"),
     [
         ({"learning_rate": 1e-3}, 1, "was trained with"),
+        ({"max_rows": 400}, 1, "was trained with"),
+        ({"max_rows": 3}, 1, "train.max_rows (3) is under one row a lane; set it to at least 4"),
         ({"groups": 2}, 1, "train.groups is 2 but there are 1 ranks"),
         ({"sites": [0]}, 1, "is not in the store"),
         ({"sweeps": []}, 1, "no run"),
