@@ -5,7 +5,8 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,41 +14,29 @@ import ranks
 import rendezvous
 import torch
 import torch.distributed as dist
+from hurry import complaints, hurry
 
-import gsae.heartbeat
 from gsae import cli, world
 from gsae.errors import GsaeError, StoreError
-from gsae.heartbeat import Heartbeat, heartbeat
-from gsae.heartbeat.signs import Sign, describe_silence
+from gsae.heartbeat import Heartbeat, heartbeat, times
+from gsae.heartbeat.signs import Sign, describe_loss, describe_silence, find_at_fault
 
 STALL_SECONDS = 2.0
 HOST = os.uname().nodename
 Work = Callable[[Heartbeat, int, Path], None]
 
 
-def hurry() -> None:
-    """Make every wait of this process a fraction of the real one."""
-    gsae.heartbeat.INTERVAL_SECONDS, gsae.heartbeat.NAP_SECONDS = 0.1, 0.5
-    gsae.heartbeat.GRACE_SECONDS, gsae.heartbeat.SPEAKING_SECONDS, cli.SPEAKING_SECONDS = 2.0, 1.0, 1.0
-
-
-def command(work: Work, folder: Path) -> None:
+def command(work: Work, folder: Path, stall_seconds: float = STALL_SECONDS, num_groups: int = 1) -> None:
     """A rank of a command that does `work` in a heartbeat."""
     hurry()
 
     def stage(words: list[str]) -> int:
-        with world.start("cpu") as here, heartbeat(here, STALL_SECONDS) as life:
+        with world.start("cpu", num_groups) as here, heartbeat(here, stall_seconds) as life:
             work(life, here.everyone.rank, folder)
         return 0
 
     cli._dispatch = stage
     cli.main([])
-
-
-def complaints(started: ranks.Ranks) -> list[str]:
-    """What the ranks told the user."""
-    outputs = [started.output(rank) for rank in range(len(started.processes))]
-    return [line for output in outputs for line in output.splitlines() if "gsae: " in line]
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
@@ -282,7 +271,7 @@ def test_totals_are_the_counts_of_all_ranks(size):
 
 @pytest.fixture
 def alone(monkeypatch):
-    monkeypatch.setattr(gsae.heartbeat, "INTERVAL_SECONDS", 0.05)
+    monkeypatch.setattr(times, "INTERVAL_SECONDS", 0.05)
     with world.start("cpu") as here:
         yield here
 
@@ -310,7 +299,7 @@ def test_beats_of_several_threads_add_up(alone):
 
 
 def test_a_rank_that_has_not_looked_at_the_board_for_long_looks_before_it_goes_on(alone, monkeypatch):
-    monkeypatch.setattr(gsae.heartbeat, "NAP_SECONDS", 0.2)
+    monkeypatch.setattr(times, "NAP_SECONDS", 0.2)
     answers, plain_read = threading.Event(), world.Board.read
     with heartbeat(alone, 60) as life:
         monkeypatch.setattr(world.Board, "read", lambda board, keys: answers.wait() and plain_read(board, keys))
@@ -336,7 +325,7 @@ def test_a_rank_that_gets_no_further_writes_nothing(alone, monkeypatch):
     written: list[str] = []
     monkeypatch.setattr(world.Board, "write", lambda board, key, value: written.append(key))
     monkeypatch.setattr(world.Board, "read", lambda board, keys: [None for _ in keys])
-    life = Heartbeat(alone, 60, None)
+    life = Heartbeat(alone, 60, None, "it goes on")
     life.start()
     for num_beats in (0, 1):
         time.sleep(0.5)
@@ -447,11 +436,123 @@ def test_waiting_for_a_rank_that_is_at_work_is_no_fault(tmp_path):
         assert complaints(started) == []
 
 
+def die_in_collective(life: Heartbeat, rank: int, folder: Path) -> None:
+    """Some turns in, a rank dies; the others notice by the collective that it does not come to."""
+    for turn in range(1000):
+        if rank == 2 and turn == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        life.beat(turns=1, tokens=10)
+        dist.all_reduce(torch.zeros(1))
+
+
+def test_a_rank_that_dies_in_a_collective_is_named_whatever_the_time_out(tmp_path):
+    with ranks.started(4, command, die_in_collective, tmp_path, 600) as started:
+        assert started.wait(30) == [2, 2, -signal.SIGKILL, 2]
+        (line,) = complaints(started)
+        assert line.startswith(f"gsae: rank 2 on {HOST} has died or is out of reach; look at its log, ")
+        assert "Traceback" not in "".join(map(started.output, range(4)))
+
+
+def break_collective_on_1(life: Heartbeat, rank: int, folder: Path) -> None:
+    beat_less_on(1, life, rank, folder)
+    raise RuntimeError("[third_party/gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+
+def test_a_collective_that_breaks_though_nobody_is_missing_is_the_failure_itself(tmp_path):
+    with ranks.started(3, command, break_collective_on_1, tmp_path) as started:
+        assert started.wait(30) == [2, 1, 2]
+        assert "Traceback" in started.output(1)
+        (line,) = complaints(started)
+        assert line.startswith("gsae: RuntimeError [third_party/gloo/")
+        assert line.endswith("(on rank 1)")
+
+
+def be_busy_on_1(life: Heartbeat, rank: int, folder: Path) -> None:
+    with life.busy() if rank == 1 else nullcontext():
+        (folder / f"rank{rank}").touch()
+        time.sleep(3 * STALL_SECONDS if rank == 1 else 0)
+
+
+def test_a_rank_that_is_busy_for_longer_than_the_time_out_is_no_fault(tmp_path):
+    with ranks.started(2, command, be_busy_on_1, tmp_path) as started:
+        assert started.wait(30) == [0, 0], complaints(started)
+
+
+def test_a_rank_that_dies_while_it_is_busy_is_named(tmp_path):
+    with ranks.started(2, command, be_busy_on_1, tmp_path) as started:
+        wait_for_beats(tmp_path, 2)
+        started.processes[1].kill()
+        assert started.wait(30) == [2, -signal.SIGKILL]
+        assert complaints(started)[0].startswith(f"gsae: rank 1 on {HOST} has got no further")
+
+
+def check_end() -> None:
+    times.INTERVAL_SECONDS = 5.0
+    with world.start("cpu") as here:
+        here.everyone.barrier()
+        began = time.monotonic()
+        with heartbeat(here, 60) as life:
+            life.beat()
+        assert time.monotonic() - began < 4
+
+
+def test_ranks_that_end_together_hardly_wait():
+    ranks.run(3, check_end)
+
+
+def signs_with(turns: Sequence[int | None]) -> list[Sign | None]:
+    """Signs of ranks that are at work and had so many turns; None for one that left no sign."""
+    return [None if each is None else Sign("node", 5, {"turns": each}, "working", None, False) for each in turns]
+
+
+@pytest.mark.parametrize(
+    ("turns", "silent", "gone", "at_fault"),
+    [
+        ([7, 7, 4, 3], [2, 3], [], [3]),  # of a group that is behind, the one that has had the fewest
+        ([7, 6, 4, 3], [0, 1, 2, 3], [], [1, 3]),
+        ([7, 7, 4, 3], [0, 2], [], []),  # rank 1 has had no more turns and is at work, so is 3
+        ([7, 7, 4, 4], [0, 1], [], [0, 1]),
+        ([7, 7, 4, 4], [0, 1], [1], [1]),  # rank 0 waits for the one that is gone
+        ([7, 7, 4, 4], [0], [1], []),  # the same, a moment before
+        ([6, 7, 4, 4], [0, 1], [1], [1]),
+        ([7, None, 4, 4], [0, 1], [], [1]),
+    ],
+)
+def test_within_a_group_that_takes_turns_ranks_wait_for_others(turns, silent, gone, at_fault):
+    assert find_at_fault(signs_with(turns), silent, gone, group_size=2) == at_fault
+
+
+def test_a_rank_that_is_done_is_not_waited_for():
+    done = Sign("node", 5, {"turns": 7}, "done", None, False)
+    assert find_at_fault([done, *signs_with([7])], [1], [], group_size=2) == [1]
+
+
+def hang_ahead_of_the_other_group(life: Heartbeat, rank: int, folder: Path) -> None:
+    """Ranks 2 and 3 have had many turns when 3 hangs and 2 waits for it; 0 and 1 have nothing to do with them."""
+    for turn in range(1000):
+        time.sleep(600 if (rank, turn) in ((3, 500), (2, 501)) else 0)
+        life.beat(turns=1)
+        time.sleep(0.3 if rank < 2 else 0)
+
+
+def test_turns_are_compared_within_a_group(tmp_path):
+    with ranks.started(4, command, hang_ahead_of_the_other_group, tmp_path, STALL_SECONDS, 2) as started:
+        assert started.wait(30) == [2] * 4
+        (line,) = complaints(started)
+        assert line.startswith(f"gsae: rank 3 on {HOST} has got no further for 2 s; look at its log, ")
+
+
 def test_of_many_silent_ranks_a_few_are_named():
-    signs = [Sign(f"node{rank}", 5, {"tokens": 120_832, "shards": 3}, "working", None, False) for rank in range(9)]
-    advice = "then run the same again: the harvest continues where it is (stall_timeout_seconds)"
+    signs = [Sign(f"node{rank}", 5, {"tokens": 120_832, "shards": 3, "turns": 7}, "working", None, False) for rank in range(9)]
+    advice = "then run the same again: the harvest continues where it is"
     last = "(last of rank 3: 120,832 tokens, 3 shards); look at their logs, " + advice
-    assert describe_silence(signs, [3, 4], 600) == f"ranks 3 on node3 and 4 on node4 have got no further for 600 s {last}"
+    end = "continues where it is"
+
+    def silence(signs: list[Sign | None], silent: list[int], seconds: float) -> str:
+        return describe_silence(signs, silent, seconds, f"the harvest {end}")
+
+    assert silence(signs, [3, 4], 600) == f"ranks 3 on node3 and 4 on node4 have got no further for 600 s {last} (stall_timeout_seconds)"
     many = "ranks 3 on node3, 4 on node4, 5 on node5 and 3 others have got no further for 600 s "
-    assert describe_silence(signs, [3, 4, 5, 6, 7, 8], 600) == many + last
-    assert describe_silence([None], [0], 1.5) == f"rank 0 has got no further for 1.5 s; look at its log, {advice}"
+    assert silence(signs, [3, 4, 5, 6, 7, 8], 600) == f"{many}{last} (stall_timeout_seconds)"
+    assert silence([None], [0], 1.5) == f"rank 0 has got no further for 1.5 s; look at its log, {advice} (stall_timeout_seconds)"
+    assert describe_loss(signs, [3, 4], f"the harvest {end}") == f"ranks 3 on node3 and 4 on node4 have died or are out of reach {last}"

@@ -78,9 +78,10 @@ def _harvest_store(config: Config, info: LLMInfo, layout: Layout, load_llm: Call
         logs = [ProgressLog.open(store, lane) for lane in lanes]
     before = _count_done(logs, config, group)
     rows = RowHarvest(config.harvest, llm, layout, median_norms)
+    about_shards = total and total // shard_tokens(config)
     with (
         console.progress("harvest", total, "tokens", before.tokens) as bar,
-        heartbeat(world, config.stall_timeout_seconds, _Display(bar, before, total and total // shard_tokens(config))) as beats,
+        heartbeat(world, config.stall_timeout_seconds, _Display(bar, before, about_shards), "the harvest continues where it is") as beats,
     ):
         harvest_lanes(config, llm, rows, store, layout, logs, group, beats)
     group.on_first(lambda: _finish(store, console))

@@ -1,7 +1,8 @@
 """Stage 2: train the SAEs of a store's sites. In: a config, a whole store, the ranks. Out: run directories with checkpoints and metrics.
 
-Groups take sites from a queue; all runs of a site train together from one stream. A second call continues where the first
-ended, and does nothing where there is nothing left to do.
+Groups take sites from a queue; all runs of a site train together from one stream. A rank that fails or falls silent ends all groups;
+one whose group is through waits for the others. A second call continues where the first ended, and does nothing where there is nothing
+left to do.
 """
 
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 from gsae.config import Config
 from gsae.console import Console, open_console
 from gsae.errors import CheckpointError, ConfigError
+from gsae.heartbeat import Heartbeat, heartbeat
 from gsae.settings import dump_config
 from gsae.store import manifest as manifests
 from gsae.store.durable import make_directory, require_writable, write_json_atomically
 from gsae.store.manifest import Manifest
 from gsae.store.parts import num_parts, visit_directory
 from gsae.store.runs import RUN_FILE, STOPPED_FILE, find_difference, read_run
+from gsae.train.alive import CONTINUES, Patiently, with_beats
 from gsae.train.bank import Bank, Chore, Position, Run, make_run, train
 from gsae.train.checkpoint import ResumePoint, find_resume_point, restore_run, truncate_metrics
 from gsae.train.chores import ChooseStep, Log, Resample, SaveCheckpoints, checkpoint_interval
@@ -32,32 +35,37 @@ def run_train(config: Config, world: World) -> None:
         StoreError: the store is missing, not whole, or of another number of lanes.
         ConfigError: sites, ranks or batch do not fit together, or the output directory cannot be written.
         CheckpointError: a run directory holds a run of other settings, or a damaged checkpoint.
+        GsaeError: a rank failed, or got no further for stall_timeout_seconds.
     """
     console = open_console(world.is_first)
     output = Path(config.output)
-    with StopRequest(output).listening() as request:
-        with world.everyone.together():
-            manifest = manifests.load(Path(config.store_directory))
-            _check_store(config, manifest)
-            lanes_of(world.group, manifest.num_lanes)
-            banks = plan_banks(config, outline(manifest))
-        world.everyone.on_first(lambda: _prepare_directories(config, manifest, banks))
-        while (ticket := world.next_ticket("sites")) < len(banks):
-            has_ended = _train_bank(config, manifest, banks[ticket], world, console, request)
+    with (
+        StopRequest(output).listening() as request,
+        heartbeat(world, config.stall_timeout_seconds, continues=CONTINUES) as beats,
+    ):
+        with beats.busy():
+            with world.everyone.together():
+                manifest = manifests.load(Path(config.store_directory))
+                _check_store(config, manifest)
+                lanes_of(world.group, manifest.num_lanes)
+                banks = plan_banks(config, outline(manifest))
+            world.everyone.on_first(lambda: _prepare_directories(config, manifest, banks))
+        has_ended = True
+        while has_ended and (ticket := world.next_ticket("sites")) < len(banks):
+            has_ended = _train_bank(config, manifest, banks[ticket], world, console, request, beats)
             if has_ended and request.is_made(world.group)[0]:
                 has_ended = False
                 request.record(world.group, banks[ticket].site, banks[ticket].total_steps)
-            if not has_ended:
-                console.say(f"stopped on request; the same command continues from here ({output / STOPPED_FILE})")
-                return
-    if num_parts(manifest) == 1:
+    if world.everyone.any(not has_ended):  # no group trains any more, so nobody is waited for
+        console.say(f"stopped on request; the same command continues from here ({output / STOPPED_FILE})")
+    elif num_parts(manifest) == 1:
         console.say("training: no site is left")
-    elif world.next_ticket("done") == world.num_groups - 1:
-        world.group.on_first(lambda: _leave(config, manifest, banks, console))
+    else:
+        world.everyone.on_first(lambda: _leave(config, manifest, banks, console))
 
 
 def _leave(config: Config, manifest: Manifest, banks: list[BankSpec], console: Console) -> None:
-    """What the last group does when no group trains any more."""
+    """What the first rank does when no group trains any more."""
     visit = remove_finished_parts(config, manifest, banks)
     record_waiting(config, visit)
     if visit is None:
@@ -105,24 +113,28 @@ def _require_same(directory: Path, there: dict[str, Any], wanted: dict[str, Any]
         raise CheckpointError(f"run {directory} was trained with {difference}; give output another directory, or restore the setting")
 
 
-def _train_bank(config: Config, manifest: Manifest, spec: BankSpec, world: World, console: Console, request: StopRequest) -> bool:
+def _train_bank(
+    config: Config, manifest: Manifest, spec: BankSpec, world: World, console: Console, request: StopRequest, beats: Heartbeat
+) -> bool:
     """Train the runs of one site to their end, or as far as the parts of the store go; False when a request stopped it before."""
     group, site = world.group, manifest.sites[spec.site]
     directories = {run.name: Path(config.output) / spec.site / run.name for run in spec.runs}
     interval = checkpoint_interval(spec.total_steps, config.train)
-    point = group.on_first(lambda: find_resume_point(directories, interval))
-    if not point.sources:
-        if group.is_first:
-            console.write(f"{spec.site}: all {len(spec.runs)} runs have ended before")
-        return True
-    position = point.position or Position(0, point.step * spec.batch_rows)  # of a store in one part all rows are of visit 0
-    first_step = point.step - position.rows // spec.batch_rows
-    stretch = find_stretch(config, manifest, spec, group, position.visit, first_step)
-    if stretch is None:
-        return True
-    with group.together():
-        runs = [make_run(run, directories[run.name], config.train, site, group) for run in spec.runs if run.name in point.sources]
-        _resume(runs, point, group)
+    with beats.busy():
+        point = group.on_first(lambda: find_resume_point(directories, interval))
+        if not point.sources:
+            if group.is_first:
+                console.write(f"{spec.site}: all {len(spec.runs)} runs have ended before")
+            return True
+        position = point.position or Position(0, point.step * spec.batch_rows)  # of a store in one part all rows are of visit 0
+        first_step = point.step - position.rows // spec.batch_rows
+        stretch = find_stretch(config, manifest, spec, group, position.visit, first_step)
+        if stretch is None:
+            return True
+        with group.together():
+            mean = site.mean * spec.scale
+            runs = [make_run(run, directories[run.name], config.train, mean, group) for run in spec.runs if run.name in point.sources]
+            _resume(runs, point, group)
     variance = 1.0 if config.train.scale_activations else site.scale**-2
     names = [run.spec.name for run in runs]
     with console.training(spec.site, names, spec.total_rows, group.is_first, world.num_groups) as view:
@@ -130,13 +142,15 @@ def _train_bank(config: Config, manifest: Manifest, spec: BankSpec, world: World
         if point.step:
             view.say(f"continues at step {point.step} of {spec.total_steps}")
         log = Log(view)
-        chores: list[Chore] = [log, ChooseStep(), Resample(bank, view), SaveCheckpoints(), StopOnRequest(request, log)]
+        save, stop = Patiently(SaveCheckpoints(), beats), StopOnRequest(request, log, beats)
+        chores: list[Chore] = [log, ChooseStep(), Resample(bank, view), save, stop]
         while stretch is not None:
-            bank.stretch = stretch
+            bank.stretch = with_beats(stretch, beats)
             train(bank, chores)
             if bank.stopping or not bank.active_runs:
                 break
-            stretch = find_stretch(config, manifest, spec, group, stretch.visit + 1, stretch.end_step)
+            with beats.busy():
+                stretch = find_stretch(config, manifest, spec, group, stretch.visit + 1, stretch.end_step)
     return not bank.stopping
 
 

@@ -11,6 +11,7 @@ from types import FrameType
 
 import torch
 
+from gsae.heartbeat import Heartbeat
 from gsae.store.runs import STOPPED_FILE
 from gsae.train.bank import Bank
 from gsae.train.checkpoint import save_runs
@@ -58,9 +59,8 @@ class StopRequest:
 class StopOnRequest:
     """The chore: the ranks ask each other about once a second; how many steps that is, they agree on too."""
 
-    def __init__(self, request: StopRequest, log: Log) -> None:
-        self._request = request
-        self._log = log
+    def __init__(self, request: StopRequest, log: Log, beats: Heartbeat) -> None:
+        self._request, self._log, self._beats = request, log, beats
         self._every_steps = 1
         self._time = time.monotonic()
 
@@ -77,5 +77,6 @@ class StopOnRequest:
         if is_made:
             bank.stopping = True
             self._log.run(bank)
-            save_runs(bank, bank.active_runs)
+            with self._beats.busy():
+                save_runs(bank, bank.active_runs)
             self._request.record(bank.group, bank.spec.site, bank.step)

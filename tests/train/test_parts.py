@@ -63,7 +63,7 @@ def test_parts_come_again_as_the_same_store(trained):
 
 def test_a_part_that_comes_again_is_read_in_another_order(waiting, tmp_path):
     config = read_config("train", [str(copied(waiting, tmp_path))])
-    store, group = tmp_path / "runs/store", SimpleNamespace(on_first=lambda work: work(), rank=0, size=1)
+    store, group = tmp_path / "runs/store", SimpleNamespace(on_first=lambda work: work(), rank=0, size=1, device=torch.device("cpu"))
     shutil.copytree(store / "part-0000", store / "part-0003")
     shared = manifest.load(store)
     bank = plan_banks(config, outline(shared))[0]
