@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gsae import __version__
-from gsae.config import Config
+from gsae.config import Config, HarvestConfig, TrainConfig
 from gsae.errors import ConfigError, GsaeError
 from gsae.settings import config_parser, read_config
 
@@ -29,7 +29,7 @@ STAGES = {
     "report": "one page, table and plots of finished runs",
     "plan": "text, disk, memory and hours that a config will need, and what will not fit, before anything runs",
     "verify": "check a store or a run directory byte for byte; --repair takes out of a store what is broken",
-    "inspect": "norms, dropped tokens and lanes of a store, and a picture of them",
+    "inspect": "norms, dropped tokens, lanes and mixing of a store, and a picture of its norms",
     "export": "write an SAE for use by others: our published form, SAELens, dictionary_learning",
     "import": "take over an SAE of SAELens or dictionary_learning",
 }
@@ -105,6 +105,11 @@ def _stage_of_config(stage: str, words: list[str]) -> int:
         return 0
     try:
         config = read_config(stage, words)
+        if stage == "harvest" and config.harvest.is_remote:
+            raise ConfigError(
+                f"harvest.store is {config.harvest.store}, and a harvest writes to a directory; give one, "
+                "and copy it there when it is whole (docs/remote.md)"
+            )
     except ConfigError as error:
         error.spoken_by = 0  # all ranks read the same words
         raise
@@ -180,15 +185,16 @@ def _report(words: list[str]) -> int:
 
 def _verify(words: list[str]) -> int:
     parser = _Parser(prog="gsae verify", allow_abbrev=False, description="Everything is read again; nothing is changed without --repair.")
-    parser.add_argument("path", type=Path, metavar="PATH", help="an activation store, a run directory, or a directory that holds some")
+    parser.add_argument("path", metavar="PATH", help="an activation store or its URL, a run directory, or a directory that holds some")
+    _add_cache(parser)
     repair = "remove what is broken in stores, so that gsae harvest rebuilds just that; nothing else may be writing to them"
     parser.add_argument("--repair", action="store_true", help=repair)
     given = _parse(parser, words)
     if given is None:
         return 0
-    from gsae.verify import verify
+    from gsae.verify import run_verify
 
-    report = verify(given.path, given.repair)
+    report = run_verify(given.path, given.cache, given.cache_gigabytes, given.repair)
     for line in (*report.problems, *report.removed):
         sys.stdout.write(f"{line}\n")
     count = len(report.problems)
@@ -201,18 +207,39 @@ def _verify(words: list[str]) -> int:
 
 def _inspect(words: list[str]) -> int:
     parser = _Parser(
-        prog="gsae inspect", allow_abbrev=False, description="What the rows of a whole store are like, and which are not in it."
+        prog="gsae inspect",
+        allow_abbrev=False,
+        description="What the rows of a whole store are like, which are not in it, and how well training mixes them.",
     )
-    parser.add_argument("store", type=Path, metavar="STORE", help="an activation store")
+    parser.add_argument("store", metavar="STORE", help="directory or URL of an activation store")
+    _add_cache(parser)
     parser.add_argument("--json", action="store_true", help="write one JSON object, for machines")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="directory for norms.png and norms.svg; default: inspect in the store")
+    pictures = "directory for norms.png and norms.svg; default: inspect in the store, or here where that is at a URL"
+    parser.add_argument("--output", type=Path, metavar="DIR", help=pictures)
+    whose = "of the training whose mixing is shown; default:"
+    batch = f"train.batch_rows {whose} {TrainConfig.batch_rows}, or the multiple of the store's lanes below it"
+    parser.add_argument("--batch-rows", type=_positive(int), metavar="N", help=batch)
+    window = f"train.window_rows {whose} %(default)s"
+    parser.add_argument("--window-rows", type=_positive(int), default=TrainConfig.window_rows, metavar="N", help=window)
+    parser.add_argument("--seed", type=int, default=TrainConfig.seed, metavar="N", help=f"train.seed {whose} %(default)s")
     given = _parse(parser, words)
     if given is None:
         return 0
+    from gsae.inspect.mixing import Batching
     from gsae.inspect.run import run_inspect
 
-    run_inspect(given.store, given.output or given.store / "inspect", as_json=given.json)
+    batching = Batching(given.batch_rows, given.window_rows, given.seed)
+    run_inspect(given.store, given.cache, given.cache_gigabytes, given.output, batching, as_json=given.json)
     return 0
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    """What a store at a URL takes besides it."""
+    default = HarvestConfig()
+    where = "harvest.cache, where the files of a store at a URL are kept; default: %(default)s"
+    parser.add_argument("--cache", type=Path, default=default.cache_directory, metavar="DIR", help=where)
+    room = "harvest.cache_gigabytes, the disk that its shards may take there; default: %(default)s"
+    parser.add_argument("--cache-gigabytes", type=_positive(float), default=default.cache_gigabytes, metavar="X", help=room)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,14 +1,24 @@
 """`gsae verify`. In: a store, a run directory, or a directory that holds runs. Out: what is wrong with them, one line each."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from gsae.errors import CheckpointError, StoreError
-from gsae.store.manifest import IDENTITY_FILE, MANIFEST_FILE, load
+from gsae.config.location import is_remote
+from gsae.errors import CheckpointError, ConfigError, StoreError
+from gsae.store.finish import CALIBRATION_FILE
+from gsae.store.manifest import IDENTITY_FILE, MANIFEST_FILE, load, read_identity
+from gsae.store.mirror import mirror_of
+from gsae.store.opening import open_store
 from gsae.store.parts import is_in_parts, is_used, load_visit, read_used
+from gsae.store.progress import progress_path
+from gsae.store.remote import MissingError
 from gsae.store.repair import repair as repair_store
 from gsae.store.runs import checkpoints, damage, find_runs
+from gsae.store.verify import Finding
 from gsae.store.verify import verify as verify_store
+
+_NO_REPAIR = "gsae verify --repair is for directories; repair the store that {} is a copy of, and copy it again"
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,17 @@ class Verification:
     """Problems that are gone, or will be after a harvest with the same config."""
 
 
+def run_verify(location: str, cache: Path, cache_gigabytes: float, repair: bool) -> Verification:
+    """`verify` of what is at a path, or of a store at a URL, read through a mirror in `cache`; raises also what `open_store` does.
+
+    Raises:
+        ConfigError: what is at a URL is to be repaired.
+    """
+    if repair and is_remote(location, "PATH"):
+        raise ConfigError(_NO_REPAIR.format(location))
+    return verify(open_store(location, cache, cache_gigabytes), repair)
+
+
 def verify(path: Path, repair: bool = False) -> Verification:
     """Read everything below `path` again, byte for byte.
 
@@ -32,16 +53,20 @@ def verify(path: Path, repair: bool = False) -> Verification:
 
     Raises:
         CheckpointError: there is neither a store nor a run.
+        ConfigError: the mirror of a store at a URL is to be repaired.
     """
     in_parts = sorted(found.parent for found in path.rglob(MANIFEST_FILE) if is_in_parts(found.parent))
     stores = sorted(found.parent for found in path.rglob(IDENTITY_FILE) if not is_used(found.parent))
     runs = find_runs(path)
     if not in_parts and not stores and not runs:
         raise CheckpointError(f"{path} holds neither an activation store nor a run; give a directory that gsae harvest or gsae train wrote")
+    mirrors = [mirror for mirror in map(mirror_of, stores) if mirror is not None]
+    if repair and mirrors:
+        raise ConfigError(_NO_REPAIR.format(mirrors[0].url))
     removed, num_repaired = [], 0
     problems = [problem for store in in_parts for problem in _about_parts(store)]
     for store in stores:
-        findings = verify_store(store)
+        findings = _verify_store(store)
         problems += [finding.problem for finding in findings]
         if repair:
             removed += repair_store(store, findings)
@@ -52,6 +77,18 @@ def verify(path: Path, repair: bool = False) -> Verification:
     if in_parts:
         checked = f"{len(in_parts)} stores in parts, {checked}"
     return Verification(checked, problems, removed, num_repaired)
+
+
+def _verify_store(store: Path) -> list[Finding]:
+    """What is wrong with a store; of a mirror, with the store that it stands for."""
+    mirror = mirror_of(store)
+    if mirror is None:
+        return verify_store(store)
+    lanes = range(read_identity(store)["num_lanes"])
+    for path in (store / CALIBRATION_FILE, *(progress_path(store, lane) for lane in lanes)):
+        with suppress(MissingError):
+            mirror.fetch(path)
+    return [finding for finding in verify_store(store) if finding.cure != "delete"]  # those are files on their way
 
 
 def _about_parts(store: Path) -> list[str]:

@@ -70,8 +70,13 @@ class Config:
             self.train.max_rows is None or self.corpus.parts == 1,
             f"train.max_rows ({self.train.max_rows}) goes with a corpus in one part; set it to null, or corpus.parts to 1",
         )
+        require(
+            self.corpus.parts == 1 or not self.harvest.is_remote,
+            f"corpus.parts is {self.corpus.parts}, and training removes a part from the store that it is through with, which it cannot do "
+            f"at {self.harvest.store}; give harvest.store a directory, or set corpus.parts to 1",
+        )
 
     @property
     def store_directory(self) -> str:
-        """The store's directory."""
+        """The store's directory, or its URL."""
         return self.harvest.store or f"{self.output}/store"

@@ -1,8 +1,12 @@
 """Settings of the harvest stage. Out: `HarvestConfig`."""
 
+import os
 from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
 from typing import Literal
 
+from gsae.config.location import is_remote
 from gsae.config.rules import require
 
 
@@ -11,7 +15,12 @@ class HarvestConfig:
     """Running the LLM over contexts and storing activations."""
 
     store: str = ""
-    """Directory of the activation store; empty puts it at `<output>/store`."""
+    """Directory of the activation store; empty puts it at `<output>/store`. Training and evaluation also read one at a URL: s3://, gs://,
+    https:// or http://."""
+    cache: str = ""
+    """Directory for the files of stores at a URL that were read; empty takes `gsae/stores` in the user's cache directory."""
+    cache_gigabytes: float = 100.0
+    """Disk that the shards of a store at a URL may take there, in units of 10^9 bytes; the least recently used go."""
     sites: list[int | str] = field(default_factory=lambda: [2, "middle", -2])
     """Layers whose output is read: an index (negative counts from the end), `middle`, or a name such as `resid.16`."""
     context_length: int = 1024
@@ -44,3 +53,18 @@ class HarvestConfig:
         require(self.outlier_multiple > 1, f"harvest.outlier_multiple is {self.outlier_multiple}; give a multiple above 1")
         require(self.max_tokens is None or self.max_tokens >= 1, f"harvest.max_tokens is {self.max_tokens}; give a positive number or null")
         require(len(self.sites) > 0, "harvest.sites is empty; name at least one layer")
+        require(not is_remote(self.cache, "harvest.cache"), f"harvest.cache is {self.cache}; give a directory of this machine")
+        size = self.cache_gigabytes
+        require(0 < size < inf, f"harvest.cache_gigabytes is {size}; give a positive number")
+        is_remote(self.store, "harvest.store")
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the store is at a URL."""
+        return is_remote(self.store, "harvest.store")
+
+    @property
+    def cache_directory(self) -> Path:
+        """Where the files of stores at a URL are kept."""
+        home = os.environ.get("XDG_CACHE_HOME", "")
+        return Path(self.cache) if self.cache else (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "gsae" / "stores"

@@ -27,6 +27,7 @@ from gsae.llm.site import Site, Tail
 from gsae.sae.formats import read_sae
 from gsae.store.manifest import Manifest
 from gsae.store.manifest import load as load_manifest
+from gsae.store.opening import store_of
 from gsae.store.parts import WAITING_FILE
 from gsae.store.runs import STOPPED_FILE
 from gsae.world import Group, World
@@ -119,7 +120,7 @@ def run_evaluate(config: Config, world: World) -> None:
 
 
 def _plan(config: Config) -> Plan:
-    manifest, info = load_manifest(Path(config.store_directory)), describe(config.llm)
+    manifest, info = load_manifest(store_of(config)), describe(config.llm)
     _require_same_source(config, manifest, info)
     if (Path(config.output) / STOPPED_FILE).exists():
         raise CheckpointError(

@@ -60,6 +60,7 @@ class Disk:
     """Where it is written."""
 
     store_free_bytes: int
+    """Of a store at a URL, where its files are kept."""
     output_free_bytes: int
     is_shared: bool
     """Whether these are the same bytes."""
@@ -136,7 +137,8 @@ def _harvest_needs(config: Config, text: TrainingText, sites: list[Site], assump
 
 
 def _disk(config: Config, banks: list[BankSpec]) -> Disk:
-    store, output = Path(config.store_directory), Path(config.output)
+    store = config.harvest.cache_directory if config.harvest.is_remote else Path(config.store_directory)
+    output = Path(config.output)
     return Disk(free_bytes(store), free_bytes(output), on_one_disk(store, output), checkpoint_bytes(config, banks))
 
 

@@ -56,8 +56,9 @@ def store_size(config: Config, sites: Sequence[str], d_model: int, text: Trainin
     store, rows_a_context = Path(config.store_directory), _rows_a_context(text)
     shards = parts * sum(-(-contexts // whole) for contexts in _part_contexts(text, parts))
     part_bytes = _part_bytes(config, parts, len(sites), d_model, text)
+    at_once = part_bytes * min(parts, PARTS_AT_ONCE)
     return StoreSize(
-        directory=str(store),
+        directory=config.store_directory if config.harvest.is_remote else str(store),
         sites=tuple(sites),
         storage_dtype=storage,
         rows_per_site=text.rows,
@@ -69,8 +70,8 @@ def store_size(config: Config, sites: Sequence[str], d_model: int, text: Trainin
         bytes=part_bytes * parts,
         parts=parts,
         bytes_per_part=part_bytes,
-        bytes_at_once=part_bytes * min(parts, PARTS_AT_ONCE),
-        bytes_present=sum(tar.stat().st_size for tar in store.rglob("*.tar")),
+        bytes_at_once=at_once,
+        bytes_present=at_once if config.harvest.is_remote else sum(tar.stat().st_size for tar in store.rglob("*.tar")),
     )
 
 

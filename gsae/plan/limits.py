@@ -34,7 +34,7 @@ def _ranks(config: Config, found: Budget) -> Iterator[str]:
 def _disk(config: Config, found: Budget) -> Iterator[str]:
     store, disk = found.store, found.disk
     for_store = disk.store_free_bytes - (disk.checkpoint_bytes if disk.is_shared else 0)
-    if store.bytes_missing > for_store:
+    if store.bytes_missing > max(0, for_store):
         beside = f", {gib(disk.checkpoint_bytes)} of that for checkpoints" if disk.is_shared else ""
         cures = _store_cures(config, found, for_store)
         yield (

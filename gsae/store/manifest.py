@@ -17,6 +17,7 @@ from torch import Tensor
 from gsae.errors import StoreError
 from gsae.llm.site import Site
 from gsae.store.durable import write_json_atomically
+from gsae.store.mirror import mirror_of
 from gsae.store.progress import is_complete, read_records
 from gsae.store.shards import HARVEST_AGAIN, short_name, tar_path
 from gsae.store.statistics import decode_vector, encode_vector
@@ -162,7 +163,7 @@ def begin(store: Path, layout: Layout, settings: Mapping[str, Any]) -> None:
 
 
 def load(store: Path) -> Manifest:
-    """The manifest of a whole store. Every tar is looked for by name; none is opened.
+    """The manifest of a whole store. Every tar is looked for by name, but in a mirror, which has few; none is opened.
 
     Raises:
         StoreError: there is no store, it is not whole (the message names what is missing), or the manifest is damaged.
@@ -175,7 +176,8 @@ def load(store: Path) -> Manifest:
         raise StoreError(f"{store / MANIFEST_FILE} was changed after it was written; delete it and {HARVEST_AGAIN}")
     identity = content["identity"]
     lanes = tuple(LaneManifest(**lane) for lane in content["lanes"])
-    _require_tars(store, list(identity["sites"]), lanes)
+    if mirror_of(store) is None:
+        _require_tars(store, list(identity["sites"]), lanes)
     return Manifest(
         format=content["format"],
         identity=identity,

@@ -15,6 +15,7 @@ from typing import Any
 from gsae.corpus.contexts import Cursor
 from gsae.errors import StoreError
 from gsae.store.durable import PARTIAL_SUFFIX, append_line, make_directory, write_aside
+from gsae.store.mirror import provide
 from gsae.store.shards import HARVEST_AGAIN, TarRecord, require_size, tar_path
 from gsae.store.statistics import SiteStatistics
 
@@ -83,8 +84,14 @@ def read_records(store: Path, lane: int) -> list[ShardRecord]:
     Raises:
         StoreError: a line is damaged, or of another format.
     """
+    return _parse(progress_path(store, lane), _whole_lines(_content(store, lane)), lane)
+
+
+def _content(store: Path, lane: int) -> bytes:
+    """The log of a lane; nothing where it has none."""
     path = progress_path(store, lane)
-    return _parse(path, _whole_lines(path.read_bytes() if path.exists() else b""), lane)
+    provide(store, path)
+    return path.read_bytes() if path.exists() else b""
 
 
 def _whole_lines(content: bytes) -> list[bytes]:
@@ -151,7 +158,7 @@ def has_tars(store: Path, record: ShardRecord) -> bool:
 
 def progress_sha256(store: Path, lane: int) -> str:
     """Hash of the log of a lane."""
-    return hashlib.sha256(progress_path(store, lane).read_bytes()).hexdigest()
+    return hashlib.sha256(_content(store, lane)).hexdigest()
 
 
 class ProgressLog:

@@ -7,6 +7,7 @@ A context is a pair of members, `<key>.json` and `<key>.rows.safetensors` (x, to
 import hashlib
 import json
 import mmap
+import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from webdataset.writer import TarWriter
 from gsae.errors import StoreError
 from gsae.store.durable import write_aside
 from gsae.store.encoding import STORAGE_TYPES, Encoded
+from gsae.store.mirror import forget, open_stored
 
 HARVEST_AGAIN = "run gsae harvest again with the same config to rebuild it"
 """The cure for most of what can be wrong with a store."""
@@ -205,11 +207,10 @@ def map_tar(path: Path, record: TarRecord, storage: str, d_model: int, verify: b
     Raises:
         StoreError: it is missing, or has another size or hash than the record.
     """
-    require_size(path, record)
-    with path.open("rb") as file:
+    with open_whole(path, record) as file:
+        if verify:
+            require_sha256(path, file, record)
         mapped = mmap.mmap(file.fileno(), record.bytes, access=mmap.ACCESS_COPY)
-    if verify and hashlib.sha256(mapped).hexdigest() != record.sha256:
-        raise StoreError(f"shard {short_name(path)}: its SHA-256 differs from the progress log's; delete it and {HARVEST_AGAIN}")
     views = [
         _view(mapped, STORAGE_TYPES[storage], offset, rows * d_model).view(rows, d_model)
         for rows, offset in zip(record.context_rows, record.offsets, strict=True)
@@ -229,9 +230,37 @@ def require_size(path: Path, record: TarRecord) -> None:
     """Raise StoreError unless the tar is there in its full size; nothing of it is read."""
     if not path.is_file():
         raise StoreError(f"shard {short_name(path)} is missing in {path.parent.parent}; {HARVEST_AGAIN}")
-    size = path.stat().st_size
+    _require_bytes(path, path.stat().st_size, record)
+
+
+def _require_bytes(path: Path, size: int, record: TarRecord) -> None:
     if size != record.bytes:
+        forget(path)
         raise StoreError(f"shard {short_name(path)} has {size} bytes, the progress log says {record.bytes}; {HARVEST_AGAIN}")
+
+
+def require_sha256(path: Path, file: BinaryIO, record: TarRecord) -> None:
+    """Raise StoreError unless the tar, open in `file`, has the content of its record; all of it is read."""
+    with open(file.fileno(), "rb", closefd=False) as content:
+        content.seek(0)
+        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    if sha256 != record.sha256:
+        forget(path)
+        raise StoreError(f"shard {short_name(path)}: its SHA-256 differs from the progress log's; delete it and {HARVEST_AGAIN}")
+
+
+def open_whole(path: Path, record: TarRecord) -> BinaryIO:
+    """The tar to read, brought first where the store is a mirror; StoreError unless it is there in its full size."""
+    try:
+        file = open_stored(path)
+    except (FileNotFoundError, IsADirectoryError):
+        raise StoreError(f"shard {short_name(path)} is missing in {path.parent.parent}; {HARVEST_AGAIN}") from None
+    try:
+        _require_bytes(path, os.fstat(file.fileno()).st_size, record)
+    except StoreError:
+        file.close()
+        raise
+    return file
 
 
 def short_name(path: Path) -> str:
@@ -241,7 +270,7 @@ def short_name(path: Path) -> str:
 
 def read_tar(path: Path) -> Iterator[Member]:
     """The contexts of a tar, in order, unpacked."""
-    with tarfile.open(path) as tar:
+    with open_stored(path) as file, tarfile.open(fileobj=file) as tar:
         for info in tar:
             if info.name.endswith(ROWS_MEMBER):
                 content = tar.extractfile(info)
@@ -256,11 +285,10 @@ def read_documents(path: Path, record: TarRecord, first_row: int, num_rows: int)
     Raises:
         StoreError: the tar is missing, has another size than the record, or its members cannot be read.
     """
-    require_size(path, record)
     documents: list[Int32[np.ndarray, " rows"]] = []
     begin, end = 0, first_row + num_rows  # begin: of the context, counted over the rows of the shard
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open_whole(path, record) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             members = (member for member in tar if member.name.endswith(ROWS_MEMBER))
             for rows in record.context_rows:
                 if begin >= end:

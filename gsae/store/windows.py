@@ -1,6 +1,5 @@
 """Windows of a lane, read from its tars. In: an order, the tars' records. Out: each row of a window where it will be handed out."""
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,10 +11,11 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from gsae.errors import StoreError
+from gsae.store.mirror import mirror_of
 from gsae.store.order import LaneOrder, Run, Window
 from gsae.store.ring import Ring
 from gsae.store.scatter import read_scattered
-from gsae.store.shards import HARVEST_AGAIN, TarRecord, require_size, short_name, tar_path
+from gsae.store.shards import HARVEST_AGAIN, TarRecord, open_whole, require_sha256, require_size, short_name, tar_path
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ class LaneReader:
         self.order = order
         self._paths = [tar_path(store, site, lane, shard) for shard in range(len(tars))]
         self._tars = tars
-        for path, tar in zip(self._paths, tars, strict=True):
-            require_size(path, tar)
+        if mirror_of(store) is None:  # which holds few of them
+            for path, tar in zip(self._paths, tars, strict=True):
+                require_size(path, tar)
         self._first_rows = list(accumulate((tar.rows for tar in tars), initial=0))
         self._verify = verify_shards
         self._stamps: dict[int, _Stamp] = {}
@@ -97,26 +98,20 @@ class LaneReader:
         """The tar of a shard, as its record says it is, for as long as it is read."""
         path, tar = self._paths[shard], self._tars[shard]
         try:
-            file = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise StoreError(f"shard {short_name(path)} is missing in {path.parent.parent}; {HARVEST_AGAIN}") from None
-        try:
-            stamp = _Stamp.of(file)
-            if stamp.bytes != tar.bytes:
-                raise StoreError(f"shard {short_name(path)} has {stamp.bytes} bytes, the progress log says {tar.bytes}; {HARVEST_AGAIN}")
-            if self._stamps.get(shard) != stamp:
-                if self._verify or shard in self._stamps:
-                    _require_sha256(path, file, tar)
-                self._stamps[shard] = stamp
-            yield file
-            if _Stamp.of(file) != stamp:
-                raise StoreError(f"shard {short_name(path)} was changed while it was read; {HARVEST_AGAIN}")
+            with open_whole(path, tar) as content:
+                file = content.fileno()
+                stamp = _Stamp.of(file)
+                if self._stamps.get(shard) != stamp:
+                    if self._verify or shard in self._stamps:
+                        require_sha256(path, content, tar)
+                    self._stamps[shard] = stamp
+                yield file
+                if _Stamp.of(file) != stamp:
+                    raise StoreError(f"shard {short_name(path)} was changed while it was read; {HARVEST_AGAIN}")
         except EOFError:
             raise StoreError(f"shard {short_name(path)} was cut off while it was read; {HARVEST_AGAIN}") from None
         except OSError as error:
             raise StoreError(f"shard {short_name(path)} in {path.parent.parent} cannot be read: {error.strerror}") from error
-        finally:
-            os.close(file)
 
 
 def _contexts(tar: TarRecord, run: Run) -> Iterator[tuple[int, int, int]]:
@@ -149,11 +144,3 @@ def _read_scales(file: int, offset: int, count: int) -> Float32[np.ndarray, " ro
     if len(content) < 4 * count:
         raise EOFError
     return np.frombuffer(content, dtype=np.float32)
-
-
-def _require_sha256(path: Path, file: int, tar: TarRecord) -> None:
-    with open(file, "rb", closefd=False) as content:
-        content.seek(0)
-        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-    if sha256 != tar.sha256:
-        raise StoreError(f"shard {short_name(path)}: its SHA-256 differs from the progress log's; delete it and {HARVEST_AGAIN}")

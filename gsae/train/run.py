@@ -5,6 +5,7 @@ one whose group is through waits for the others. A second call continues where t
 left to do.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gsae.settings import dump_config
 from gsae.store import manifest as manifests
 from gsae.store.durable import make_directory, require_writable, write_json_atomically
 from gsae.store.manifest import Manifest
+from gsae.store.opening import store_of
 from gsae.store.parts import num_parts, visit_directory
 from gsae.store.runs import RUN_FILE, STOPPED_FILE, find_difference, read_run
 from gsae.train.alive import CONTINUES, Patiently, with_beats
@@ -45,14 +47,17 @@ def run_train(config: Config, world: World) -> None:
     ):
         with beats.busy():
             with world.everyone.together():
-                manifest = manifests.load(Path(config.store_directory))
+                store = store_of(config)
+                manifest = manifests.load(store)
                 _check_store(config, manifest)
                 lanes_of(world.group, manifest.num_lanes)
                 banks = plan_banks(config, outline(manifest))
             world.everyone.on_first(lambda: _prepare_directories(config, manifest, banks))
+        # In what is written the store stays where it is, also where it is read through a mirror.
+        local = replace(config, harvest=replace(config.harvest, store=str(store)))
         has_ended = True
         while has_ended and (ticket := world.next_ticket("sites")) < len(banks):
-            has_ended = _train_bank(config, manifest, banks[ticket], world, console, request, beats)
+            has_ended = _train_bank(local, manifest, banks[ticket], world, console, request, beats)
             if has_ended and request.is_made(world.group)[0]:
                 has_ended = False
                 request.record(world.group, banks[ticket].site, banks[ticket].total_steps)

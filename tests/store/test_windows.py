@@ -50,8 +50,8 @@ def test_a_shard_that_changes_while_it_is_in_use_is_named(stores, tmp_path, veri
 
 
 def count_hashes(monkeypatch):
-    seen, real = [], windows._require_sha256
-    monkeypatch.setattr(windows, "_require_sha256", lambda path, *rest: (seen.append(path), real(path, *rest)))
+    seen, real = [], windows.require_sha256
+    monkeypatch.setattr(windows, "require_sha256", lambda path, *rest: (seen.append(path), real(path, *rest)))
     return seen
 
 
