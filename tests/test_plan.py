@@ -268,7 +268,7 @@ def test_ranks_that_the_stages_would_refuse_are_named(pipeline):
 
 
 def test_lanes_without_text_are_named(pipeline):
-    _, lines = planned(pipeline, "--corpus.num_lanes", "4096", "--train.batch_rows", "4096")
+    _, lines = planned(pipeline, "--corpus.num_lanes", "4096", "--train.batch_rows", "4096", "--train.window_rows", "4096")
     assert re.match(r"\d+ of 4096 lanes get no text; lower corpus.num_lanes", lines[0])
 
 
