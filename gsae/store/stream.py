@@ -75,8 +75,9 @@ class _LaneQueue:
     def wait_for(self, rows: int) -> None:
         """Wait until the ring has had so many."""
         while self.loaded < rows:
-            end, future = self._loading.popleft()
-            future.result()
+            end, future = self._loading[0]
+            future.result()  # of a window that could not be loaded, whenever its rows are asked for
+            self._loading.popleft()
             self.loaded = end
 
     def give_up(self) -> None:

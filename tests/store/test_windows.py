@@ -55,6 +55,20 @@ def count_hashes(monkeypatch):
     return seen
 
 
+def test_a_stream_that_has_failed_gives_nothing_until_it_is_sent_elsewhere(stores, tmp_path):
+    stores.build(tmp_path, SHARDS)
+    with open_stream(tmp_path, verify=True) as stream:
+        path = tar_path(tmp_path, SITE, 0, 2)
+        content = path.read_bytes()
+        flip_x(tmp_path, 0, 2)
+        for _ in range(5):
+            with pytest.raises(StoreError, match=r"0000-000002\.tar: its SHA-256 differs"):
+                epochs(stream, 1)
+        path.write_bytes(content)
+        stream.seek(0)
+        assert sorted(epochs(stream, 1)) == [0, 1, 2, 3]
+
+
 def test_a_file_that_is_put_back_as_it_was_is_read_on_and_hashed_once(stores, tmp_path, monkeypatch):
     stores.build(tmp_path, SHARDS)
     seen = count_hashes(monkeypatch)
