@@ -269,10 +269,17 @@ def short_name(path: Path) -> str:
 
 
 def read_tar(path: Path) -> Iterator[Member]:
-    """The contexts of a tar, in order, unpacked."""
+    """The contexts of a tar, in order, unpacked.
+
+    Raises:
+        StoreError: a member is none of a store's; what webdataset would unpickle is such a one, and nothing of it is read.
+    """
     with open_stored(path) as file, tarfile.open(fileobj=file) as tar:
         for info in tar:
-            if info.name.endswith(ROWS_MEMBER):
+            kind = info.name.partition(".")[2]
+            if kind not in (ROWS_MEMBER, "json"):
+                raise StoreError(f"shard {short_name(path)}: has a member {info.name}, which no store has; delete it and {HARVEST_AGAIN}")
+            if kind == ROWS_MEMBER:
                 content = tar.extractfile(info)
                 assert content is not None
                 rows = ContextRows(**safetensors.torch.load(content.read()))

@@ -1,8 +1,12 @@
+import hashlib
 import json
 import os
+import pickle
 import shutil
 import signal
+import tarfile
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from unittest.mock import patch
 
@@ -181,6 +185,41 @@ def test_int8_scales_that_are_not_where_the_log_says_or_not_finite_are_found(sto
     log_anew(tmp_path / "lost", 0, 0, "resid.0", lambda site: SiteRecord(replace(site.tar, scale_offsets=()), site.statistics))
     (problem,) = problems_of(tmp_path / "lost")
     assert problem.startswith("shard resid.0/0000-000000.tar: unreadable")
+
+
+class Trap:
+    """What makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickled_member_is_refused_by_name_and_never_unpickled(store, tmp_path_factory):
+    path, sprung = tar_path(store, "resid.0", 0, 1), tmp_path_factory.mktemp("trap") / "sprung"
+    with tarfile.open(path, "a") as tar:
+        content = pickle.dumps(Trap(sprung))
+        member = tarfile.TarInfo("0000-000001-00000.pyd")
+        member.size = len(content)
+        tar.addfile(member, BytesIO(content))
+    content = path.read_bytes()
+    log_anew(
+        store,
+        0,
+        1,
+        "resid.0",
+        lambda site: replace(site, tar=replace(site.tar, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())),
+    )
+    (problem,) = problems_of(store)
+    assert problem.startswith("shard resid.0/0000-000001.tar: has a member 0000-000001-00000.pyd, which no store has; delete it")
+    with Stream(store, "resid.0", [0, 1], 2, 100, seed=0, verify_shards=True) as stream:
+        for _ in range(20):
+            stream.next_batch()
+    assert not sprung.exists()
+    pickle.loads(pickle.dumps(Trap(sprung)))
+    assert sprung.exists(), "the trap works"
 
 
 def test_statistics_of_other_rows_are_found(store):
