@@ -30,9 +30,11 @@ def epochs(stream, count):
 
 
 def flip(path, offset):
-    content = bytearray(path.read_bytes())
+    """Later than it was written, by the file system's clock, which ticks every few milliseconds."""
+    content, written = bytearray(path.read_bytes()), path.stat().st_mtime_ns
     content[offset] ^= 1
-    path.write_bytes(content)
+    while path.stat().st_mtime_ns == written:
+        path.write_bytes(content)
 
 
 def flip_x(store, lane, shard):
