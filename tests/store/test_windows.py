@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from concurrent.futures import wait
 
 import pytest
 import torch
@@ -26,7 +27,11 @@ def shard_of(batch):
 
 
 def epochs(stream, count):
-    return [shard_of(stream.next_batch()) for _ in range(4 * count)]
+    """The shards of the next batches, with nothing being read any more at the end."""
+    shards = [shard_of(stream.next_batch()) for _ in range(4 * count)]
+    for queue in stream._queues:
+        wait([future for _, future in queue._loading])
+    return shards
 
 
 def flip(path, offset):
