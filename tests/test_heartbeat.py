@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from hurry import complaints, hurry
 from gsae import cli, world
 from gsae.errors import GsaeError, StoreError
 from gsae.heartbeat import Heartbeat, heartbeat, times
-from gsae.heartbeat.signs import Sign, describe_loss, describe_silence, find_at_fault
+from gsae.heartbeat.judge import Judge
+from gsae.heartbeat.signs import Sign, State, Verdict, describe_loss, describe_silence, find_at_fault
 
 STALL_SECONDS = 2.0
 HOST = os.uname().nodename
@@ -459,7 +461,7 @@ def break_collective_on_1(life: Heartbeat, rank: int, folder: Path) -> None:
 
 
 def test_a_collective_that_breaks_though_nobody_is_missing_is_the_failure_itself(tmp_path):
-    with ranks.started(3, command, break_collective_on_1, tmp_path) as started:
+    with ranks.started(3, command, break_collective_on_1, tmp_path, 600) as started:
         assert started.wait(30) == [2, 1, 2]
         assert "Traceback" in started.output(1)
         (line,) = complaints(started)
@@ -525,6 +527,42 @@ def test_within_a_group_that_takes_turns_ranks_wait_for_others(turns, silent, go
 def test_a_rank_that_is_done_is_not_waited_for():
     done = Sign("node", 5, {"turns": 7}, "done", None, False)
     assert find_at_fault([done, *signs_with([7])], [1], [], group_size=2) == [1]
+
+
+def judged(looks: Sequence[tuple[float, Sequence[Sign | None]]], monkeypatch, timeout_seconds: float = 2.0) -> list[Verdict | None]:
+    """The verdicts on one group's signs at these times, in seconds; between them nothing changes, and the judge looks all the while."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    judge, verdicts = Judge(len(looks[0][1]), len(looks[0][1]), timeout_seconds, "it continues"), []
+    for (at, signs), until in zip(looks, [*(at for at, _ in looks[1:]), looks[-1][0] + 0.1], strict=True):
+        now, verdict = at, None
+        while now < until - 1e-9 and verdict is None:
+            kept = [sign and replace(sign, looks=int(now * 10)) for sign in signs]
+            verdict = judge.judge(kept)
+            now += 0.1
+        verdicts.append(verdict)
+    return verdicts
+
+
+def sign(turns: int, beats: int, state: State = "working", failure: Verdict | None = None) -> Sign:
+    return Sign("node", beats, {"turns": turns}, state, failure, False)
+
+
+def test_who_waited_for_a_slow_one_has_the_whole_time_out_once_that_one_has_come(monkeypatch):
+    at_work = [(0.1 * tenth, [sign(3, 3), sign(3, 3), sign(2, tenth)]) for tenth in range(60)]
+    come = [(6.0, [sign(3, 3), sign(3, 3), sign(3, 60)]), (7.0, [sign(3, 3, "done"), sign(3, 3), sign(3, 60, "done")])]
+    *earlier, verdict, _ = judged([*at_work, *come, (7.8, come[1][1]), (8.5, come[1][1])], monkeypatch)
+    assert earlier == [None] * 62
+    assert verdict is not None
+    assert verdict.failed == (1,)
+
+
+def test_who_was_cut_off_is_not_silent(monkeypatch):
+    cut = sign(3, 3, "cut off", Verdict("Connection closed by peer", 0, (1,)))
+    signs = [sign(3, 3), cut]
+    pending, verdict = judged([(0.0, signs), (5.0, signs), (8.0, signs)], monkeypatch, timeout_seconds=4)[:2]
+    assert pending is None
+    assert verdict == cut.failure
 
 
 def hang_ahead_of_the_other_group(life: Heartbeat, rank: int, folder: Path) -> None:

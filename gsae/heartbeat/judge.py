@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 
 from gsae.heartbeat import times
-from gsae.heartbeat.signs import Sign, Verdict, describe_loss, describe_silence, find_at_fault
+from gsae.heartbeat.signs import Sign, Verdict, describe_loss, describe_silence, fewest_turns, find_at_fault
 
 
 class Stillness:
@@ -43,10 +43,16 @@ class Judge:
         self._beats = [Stillness() for _ in range(size)]
         self._signs = [Stillness() for _ in range(size)]
         self._cut_off = Stillness()
+        self._is_cut_off = False
 
     def judge(self, signs: Sequence[Sign | None]) -> Verdict | None:
         """The verdict on these signs; None while the work goes on."""
-        beats = [still.seconds(sign and sign.beats) for still, sign in zip(self._beats, signs, strict=True)]
+        # Who waits for a slower one of its group is not silent: its time begins when the group's last turn is over.
+        turns = fewest_turns(signs, self._group_size)
+        beats = [
+            still.seconds((sign and sign.beats, turns[rank // self._group_size]))
+            for rank, (still, sign) in enumerate(zip(self._beats, signs, strict=True))
+        ]
         changes = [still.seconds(sign) for still, sign in zip(self._signs, signs, strict=True)]
         gone = [rank for rank, seconds in enumerate(changes) if seconds >= gone_seconds(self._timeout_seconds)]
         for sign in signs:
@@ -55,7 +61,7 @@ class Judge:
         if all(sign is not None and sign.state == "done" for sign in signs):
             return Verdict(None)
         loss = self._explain_loss(signs, gone)
-        if loss is not None:
+        if loss is not None or self._is_cut_off:
             return loss
         silent = [rank for rank, seconds in enumerate(beats) if seconds >= self._timeout_seconds]
         at_fault = find_at_fault(signs, silent, gone, self._group_size)
@@ -66,7 +72,8 @@ class Judge:
     def _explain_loss(self, signs: Sequence[Sign | None], gone: Sequence[int]) -> Verdict | None:
         """Who is missing where a collective broke; the break itself when nobody is found to be."""
         cut_off = [rank for rank, sign in enumerate(signs) if sign is not None and sign.state == "cut off"]
-        seconds = self._cut_off.seconds(bool(cut_off))
+        self._is_cut_off = bool(cut_off)
+        seconds = self._cut_off.seconds(self._is_cut_off)
         if not cut_off:
             return None
         groups = {rank // self._group_size for rank in cut_off}

@@ -107,16 +107,24 @@ def find_at_fault(signs: Sequence[Sign | None], silent: Sequence[int], gone: Seq
     return at_fault
 
 
+def fewest_turns(signs: Sequence[Sign | None], group_size: int) -> list[int | None]:
+    """Of each group, how many turns those have had that have had the fewest; None of a group that takes no turns, or is done."""
+    turns = [_turns(signs, range(first, first + group_size)) for first in range(0, len(signs), group_size)]
+    return [min(counts.values(), default=None) for counts in turns]
+
+
 def _behind(signs: Sequence[Sign | None], members: Sequence[int]) -> list[int]:
     """The members that have had the fewest turns, of those that are not done; none in a group that takes no turns."""
-    turns: dict[int, int] = {}
-    for rank in members:
-        sign = signs[rank]
-        if sign is None or sign.state == "working":
-            turns[rank] = 0 if sign is None else sign.done.get(TURNS, 0)
-    if not any(sign is not None and TURNS in sign.done for sign in (signs[rank] for rank in members)):
-        return []
+    turns = _turns(signs, members)
     return [rank for rank, count in turns.items() if count == min(turns.values())]
+
+
+def _turns(signs: Sequence[Sign | None], members: Sequence[int]) -> dict[int, int]:
+    """How many turns each member has had that is not done; nothing in a group that takes no turns."""
+    if not any(sign is not None and TURNS in sign.done for sign in (signs[rank] for rank in members)):
+        return {}
+    at_work = [(rank, sign) for rank in members if (sign := signs[rank]) is None or sign.state == "working"]
+    return {rank: 0 if sign is None else sign.done.get(TURNS, 0) for rank, sign in at_work}
 
 
 def describe_silence(signs: Sequence[Sign | None], silent: Sequence[int], timeout_seconds: float, continues: str) -> str:
