@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets everything up, then lint, format, types and all tests that this machine can run; a skipped test says why.
-#   bash launch/test.sh [pytest options]
+#   bash launch/test.sh [pytest options]     (-n 0: one test after another)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -9,4 +9,4 @@ bash launch/setup.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/python -m pytest --cov --cov-report=term:skip-covered --durations=10 "$@"
+.venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile --cov --cov-report=term:skip-covered --durations=10 "$@"
