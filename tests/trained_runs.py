@@ -4,12 +4,23 @@ from pathlib import Path
 
 import torch
 import yaml
-from conftest import write_config
+from conftest import small_settings, write_config, write_text
+from ranks import run_gsae
 from safetensors.torch import load_file
 
 from gsae.store.runs import checkpoints, damage, find_runs, read_metrics
 
 TIMES = ("seconds", "rows_per_second", "shares")
+
+
+def train_small(folder: Path) -> Path:
+    """The folder, with a store, a config, and the runs that one rank trained: two sites, three runs each, 200 steps in float64."""
+    write_text(folder / "text")
+    settings = small_settings(folder)
+    config = write_config(folder / "config.yaml", settings | {"harvest": {**settings["harvest"], "store": str(folder / "store")}})
+    run_gsae(1, ["harvest", config])
+    run_gsae(1, ["train", config])
+    return folder
 
 
 def again(trained: Path, folder: Path, **train) -> Path:
