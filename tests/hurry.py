@@ -9,7 +9,7 @@ from gsae.heartbeat import times
 def hurry() -> None:
     """Make every wait of this process a fraction of the real one."""
     times.INTERVAL_SECONDS, times.NAP_SECONDS, times.GONE_SECONDS = 0.1, 0.5, 1.0
-    times.GRACE_SECONDS, times.SPEAKING_SECONDS, cli.SPEAKING_SECONDS = 2.0, 1.0, 1.0
+    times.GRACE_SECONDS, times.SPEAKING_SECONDS, cli.SPEAKING_SECONDS = 2.0, 0.3, 0.3
 
 
 def complaints(started: Ranks) -> list[str]:

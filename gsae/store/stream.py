@@ -22,9 +22,10 @@ from gsae.errors import ConfigError, StoreError
 from gsae.store.encoding import Encoded
 from gsae.store.manifest import Manifest, load
 from gsae.store.order import LaneOrder
+from gsae.store.origin import Origin, find_origins
 from gsae.store.progress import progress_sha256, read_records, require_complete, require_rows
 from gsae.store.ring import Ring
-from gsae.store.shards import TarRecord, read_tar, tar_path
+from gsae.store.shards import TarRecord
 from gsae.store.windows import LaneReader
 
 
@@ -37,7 +38,7 @@ class Batch:
     lane: Int[Tensor, " local_rows"]
     """The lane of each row."""
     row: Int[Tensor, " local_rows"]
-    """The ordinal of each row in its lane; with the lane it names the row (see `provenance`)."""
+    """The ordinal of each row in its lane; with the lane it names the row (see `find_origins`)."""
     row_scale: Float[Tensor, " local_rows"] | None = None
     """Of int8 rows, on the CPU."""
 
@@ -125,6 +126,7 @@ class Stream:
         if site not in manifest.sites:
             raise StoreError(f"store {store} has no site {site}, only {', '.join(manifest.sites)}; harvest it, or train another")
         _require_fit(batch_rows, window_rows, max_rows, manifest.num_lanes)
+        self._store, self._site = store, site
         self._num_lanes = manifest.num_lanes
         self._lane_rows = batch_rows // manifest.num_lanes
         lane_window = window_rows // manifest.num_lanes
@@ -172,6 +174,14 @@ class Stream:
         x, row, row_scale = self._ring.slot(number)
         return Batch(x, self._lane, row, row_scale)
 
+    def origins(self, batch: Batch) -> list[Origin]:
+        """Where each row of a batch comes from; its values are not read.
+
+        Raises:
+            StoreError: a tar is gone or damaged.
+        """
+        return find_origins(self._store, self._site, batch.lane, batch.row)
+
     def close(self) -> None:
         """Stop loading. The stream cannot be used afterwards."""
         self._drop_queues()
@@ -198,41 +208,6 @@ class Stream:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a row comes from."""
-
-    shard: int
-    context: int
-    """Ordinal of the context in the shard."""
-    document: int
-    """Index of the document among those of the training split."""
-    position: int
-    """Position in its segment."""
-    token: int
-    """Token id."""
-
-
-def provenance(store: Path, site: str, lane: int, row: int) -> Provenance:
-    """Where row `row` of a lane comes from.
-
-    Raises:
-        StoreError: the lane has no such row.
-    """
-    rest = row
-    for record in read_records(store, lane):
-        tar = record.sites[site].tar
-        if rest >= tar.rows:
-            rest -= tar.rows
-            continue
-        for context, member in enumerate(read_tar(tar_path(store, site, lane, record.shard))):
-            rows = member.rows
-            if rest < len(rows.x):
-                return Provenance(record.shard, context, int(rows.document[rest]), int(rows.position[rest]), int(rows.token[rest]))
-            rest -= len(rows.x)
-    raise StoreError(f"lane {lane} of {site} in {store} has no row {row}")
 
 
 def _tars_of_lane(store: Path, manifest: Manifest, site: str, lane: int) -> list[TarRecord]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gsae.errors import ConfigError, StoreError
 from gsae.store.progress import read_records
 from gsae.store.shards import tar_path
-from gsae.store.stream import Stream, provenance
+from gsae.store.stream import Stream
 
 SITE = "resid.0"
 LANES = [[[3, 0, 4], [5]], [[1], [2, 2], [1]], [[6, 6], []], [[0, 1]]]  # rows: 12, 6, 12, 1
@@ -297,13 +297,3 @@ def test_settings_that_do_not_fit_the_lanes_name_values_that_do(store):
         Stream(store, SITE, [0], 8, 3, seed=0, verify_shards=True)
     with pytest.raises(StoreError, match=r"has no site resid\.1, only resid\.0, resid\.2"):
         Stream(store, "resid.1", [0], 8, 20, seed=0, verify_shards=True)
-
-
-def test_provenance_finds_the_row_that_the_stream_handed_out(store):
-    # The store's rows say: token = row % 7, position = row + 1, document = row // 3.
-    for row in range(NUM_ROWS[0]):
-        found = provenance(store, SITE, 0, row)
-        assert (found.token, found.position, found.document) == (row % 7, row + 1, row // 3)
-        assert (found.shard, found.context) == ((0, 0) if row < 3 else (0, 2) if row < 7 else (1, 0))
-    with pytest.raises(StoreError, match="no row 12"):
-        provenance(store, SITE, 0, 12)
