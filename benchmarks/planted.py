@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gsae.config import ObjectiveName, ScheduleConfig, TrainConfig
+from gsae.config import ObjectiveName, ProductsName, ScheduleConfig, TrainConfig
 from gsae.sae.objective import SAE, UNIT_NORM, build
 from gsae.train.chores import CHOOSE_EVERY_STEPS
 from gsae.train.optim import SAEOptimizer
@@ -46,6 +46,8 @@ class Recipe:
     learning_rate: float = 1e-2
     batch_rows: int = 1024
     rows: int = 2_000_000
+    products: ProductsName = "float32"
+    sparse_below_density: float = TrainConfig.sparse_below_density
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def train(recipe: Recipe, rows: PlantedRows, seed: int) -> SAE:
     with torch.no_grad():
         sae.b_dec.copy_(rows.mean)
     defaults, schedule = TrainConfig(), ScheduleConfig()
-    module = TrainingModule(sae, recipe.objective)
+    module = TrainingModule(sae, recipe.objective, products=recipe.products)
     optimizer = SAEOptimizer(sae, betas=defaults.adam_betas, eps=defaults.adam_eps, unit_norm=recipe.objective in UNIT_NORM)
     total_steps = -(-recipe.rows // recipe.batch_rows)
     for step in range(total_steps):
@@ -104,7 +106,7 @@ def train(recipe: Recipe, rows: PlantedRows, seed: int) -> SAE:
             micro_batch_rows=None,
         )
         if (step + 1) % CHOOSE_EVERY_STEPS == 0:
-            module.choose(float(report.opened.sum()) / (recipe.batch_rows * recipe.features), defaults.sparse_below_density)
+            module.choose(float(report.opened.sum()) / (recipe.batch_rows * recipe.features), recipe.sparse_below_density)
     return sae
 
 
@@ -129,7 +131,16 @@ def recover(recipe: Recipe, seed: int) -> Recovery:
 def cases(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
     for features in arguments.features:
         for seed in arguments.seeds:
-            recipe = Recipe(arguments.objective, features, arguments.lambda_, arguments.learning_rate, arguments.batch_rows, arguments.rows)
+            recipe = Recipe(
+                arguments.objective,
+                features,
+                arguments.lambda_,
+                arguments.learning_rate,
+                arguments.batch_rows,
+                arguments.rows,
+                arguments.products,
+                0 if arguments.dense else Recipe.sparse_below_density,
+            )
             start = time.monotonic()
             found = recover(recipe, seed)
             yield {**asdict(recipe), "seed": seed, **asdict(found), "seconds": round(time.monotonic() - start, 1)}
@@ -144,6 +155,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
     parser.add_argument("--batch-rows", type=int, default=Recipe.batch_rows)
     parser.add_argument("--rows", type=int, default=Recipe.rows)
+    parser.add_argument("--products", choices=["float32", "bfloat16"], default=Recipe.products)
+    parser.add_argument("--dense", action="store_true", help="never take the sparse step")
     for case in cases(parser.parse_args()):
         print(json.dumps(case), flush=True)
 

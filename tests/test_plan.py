@@ -81,6 +81,22 @@ def test_hours_of_training_are_those_of_the_busiest_group(pipeline, capsys):
         assert json.loads(capsys.readouterr().out)["train"]["hours"] == pytest.approx(expected)
 
 
+def test_pilots_count_in_the_hours_and_the_memory(pipeline, capsys):
+    sweep = {"objective": "gated", "expansions": [3], "seeds": [0, 1]}
+    words = ["--train.sweeps", json.dumps([sweep]), "--train.target_l0", '{"1": [4, 8]}', "--train.sites", "[1]"]
+    assert run(str(pipeline), *words, "--rows-per-second", "1000", "--json") == 0
+    train = json.loads(capsys.readouterr().out)["train"]
+    # Of 200 steps: 7 pilots of 10 steps, and two of 20 for each of two targets; four runs take that many from one stream of 64 rows a step.
+    assert train["runs"] == 4
+    assert train["pilots"] == 7 + 4
+    assert train["pilot_rows"] == (7 * 10 + 4 * 20) * 64 / 4
+    assert train["hours"] == pytest.approx((200 * 64 + train["pilot_rows"]) / 1000 / 3600)
+    parameters = 2 * 16 * 48 + 3 * 48 + 16
+    assert train["state_bytes_per_rank"] == 5 * 8 * 7 * parameters
+    assert run(str(pipeline), *words) == 0
+    assert "at least 11 short runs for train.target_l0: 19% of a site's time for its runs" in capsys.readouterr().out
+
+
 def test_parts_are_harvested_as_often_as_they_are_visited(pipeline):
     config = read_config("plan", [str(pipeline), "--corpus.parts", "2", "--train.total_rows", "40000"])
     found = budget(config, Assumptions(tokens_per_second=1.0))

@@ -12,7 +12,16 @@ from gsae.config.evaluate import EvaluateConfig
 from gsae.config.harvest import HarvestConfig
 from gsae.config.llm import LLMConfig, RandomLlamaConfig
 from gsae.config.rules import require
-from gsae.config.train import ObjectiveName, ResamplingConfig, ScheduleConfig, ScheduleName, SweepConfig, TrainConfig
+from gsae.config.train import (
+    ObjectiveName,
+    PilotConfig,
+    ProductsName,
+    ResamplingConfig,
+    ScheduleConfig,
+    ScheduleName,
+    SweepConfig,
+    TrainConfig,
+)
 from gsae.errors import ConfigError
 
 __all__ = [
@@ -23,6 +32,8 @@ __all__ = [
     "HarvestConfig",
     "LLMConfig",
     "ObjectiveName",
+    "PilotConfig",
+    "ProductsName",
     "RandomLlamaConfig",
     "ResamplingConfig",
     "ScheduleConfig",

@@ -8,6 +8,7 @@ from gsae.config.rules import require
 
 ObjectiveName = Literal["relu", "gated", "gated-no-aux", "gated-norm-weighted"]
 ScheduleName = Literal["constant", "linear", "cosine", "cosine-restarts"]
+ProductsName = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class SweepConfig:
     """Training objective; `relu` is the plain SAE, the baseline."""
     lambdas: dict[str | int, list[float]] = field(default_factory=dict)
     """Sparsity coefficients of each site, on scaled activations. Keys are sites as in harvest.sites, or `*` for all others;
-    a site that has no key here is not trained by this sweep."""
+    a site that has no key here is not trained by this sweep. Without any, train.target_l0 says which runs there are."""
     expansions: list[float] = field(default_factory=lambda: [8.0])
     """Numbers of features, in multiples of d_model."""
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -32,7 +33,6 @@ class SweepConfig:
     """Adam's step size for these runs; null takes the site's (train.learning_rates) or train.learning_rate."""
 
     def __post_init__(self) -> None:
-        require(len(self.lambdas) > 0, f"train.sweeps: the sweep of {self.objective!r} has no lambdas; give e.g. lambdas: {{'*': [0.1]}}")
         for site, values in self.lambdas.items():
             require(
                 len(values) > 0 and all(0 <= v < inf for v in values),
@@ -123,11 +123,34 @@ class ResamplingConfig:
 
 
 @dataclass(frozen=True)
+class PilotConfig:
+    """Short runs that find the lambda of each target L0."""
+
+    fraction: float = 0.1
+    """Length of a pilot, as a share of the run. Schedules and events keep their shares."""
+    lambdas: list[float] = field(default_factory=lambda: [0.03, 0.05, 0.08, 0.13, 0.2, 0.32, 0.5])
+    """Those of the first pilots, rising, on scaled activations. Where a target lies beyond the L0 they reach, a decade more is tried."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.fraction <= 1, f"train.pilot.fraction is {self.fraction}; give a share in (0, 1]")
+        values = self.lambdas
+        require(
+            len(values) >= 2 and all(0 < v < inf for v in values) and values == sorted(set(values)),
+            f"train.pilot.lambdas is {values}; give at least two rising positive numbers",
+        )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Training one SAE for each site x sweep x width x lambda x seed."""
 
     sweeps: list[SweepConfig] = field(default_factory=list)
     """The runs."""
+    target_l0: dict[str | int, list[float]] = field(default_factory=dict)
+    """L0 that the sweeps without lambdas aim at, keyed as lambdas are: a run each, with the lambda that short runs of the same
+    objective, width and learning rate find."""
+    pilot: PilotConfig = field(default_factory=PilotConfig)
+    """Those short runs."""
     sites: list[int | str] = field(default_factory=list)
     """Sites to train, out of the store's; empty trains all."""
     total_rows: int = 1_000_000_000
@@ -163,7 +186,13 @@ class TrainConfig:
     groups: int = 1
     """Number of groups of ranks; each trains one site at a time."""
     dtype: Literal["float32", "float64"] = "float32"
-    """Type of weights and products."""
+    """Type of weights, losses, gradients and Adam's state, and of products unless `products` says otherwise."""
+    products: ProductsName = "float32"
+    """Type of the factors of the dense step's matrix products: `bfloat16` is quicker where the device has instructions for it. Sums,
+    and all else, are in float32. The sparse step is exact either way: bfloat16 there only proposes which gates may be open."""
+    ema_decay: float | None = None
+    """Decay d of an exponential moving average of the weights, which is then what a checkpoint's SAE is: after update t, with the first
+    number 0, it is d_t times itself plus 1 - d_t times the weights, d_t = min(d, t / (t + 9)). null keeps the weights themselves."""
     seed: int = 0
     """Seed of the order of the data."""
     log_every_steps: int = 50
@@ -172,6 +201,8 @@ class TrainConfig:
     """Share of the run between two checkpoints."""
     keep_checkpoints: int = 2
     """Checkpoints to keep, the newest ones."""
+    keep_every: int | None = None
+    """Besides those, every n-th checkpoint of the run is kept, e.g. 2 for every second one; null keeps no others."""
     verify_shards: bool = True
     """Whether a shard's SHA-256 is checked when it is first read. One that changes while training runs is checked anyway."""
     sparse_below_density: float = 0.1
@@ -187,11 +218,30 @@ class TrainConfig:
         for name, rate in rates.items():
             require(0 < rate < inf, f"train.{name} is {rate}; give a positive number")
         require(all(0 <= beta < 1 for beta in self.adam_betas), f"train.adam_betas is {self.adam_betas}; give two numbers in [0, 1)")
+        for site, targets in self.target_l0.items():
+            require(
+                len(targets) > 0 and all(1 <= target < inf for target in targets),
+                f"train.target_l0 of {site!r} is {targets}; give numbers of at least 1",
+            )
+        for sweep in self.sweeps:
+            require(
+                len(sweep.lambdas or self.target_l0) > 0,
+                f"train.sweeps: the sweep of {sweep.objective!r} has no lambdas; give e.g. lambdas: {{'*': [0.1]}}, "
+                "or train.target_l0: {'*': [32]}",
+            )
         require(self.adam_eps > 0, f"train.adam_eps is {self.adam_eps}; give a positive number")
         micro = self.micro_batch_rows
         require(micro is None or micro >= 1, f"train.micro_batch_rows is {micro}; give a positive number, or null")
+        every = self.keep_every
+        require(every is None or every >= 1, f"train.keep_every is {every}; give a positive number, or null to keep only the newest")
         density = self.sparse_below_density
         require(0 <= density <= 1, f"train.sparse_below_density is {density}; give a share between 0 and 1")
+        require(
+            not (self.products == "bfloat16" and self.dtype == "float64"),
+            "train.products is bfloat16 but train.dtype is float64; set train.dtype to float32, or train.products to float32",
+        )
+        decay = self.ema_decay
+        require(decay is None or 0 < decay < 1, f"train.ema_decay is {decay}; give a share between 0 and 1, or null not to average")
         clip = self.clip_gradient_norm
         require(clip is None or clip > 0, f"train.clip_gradient_norm is {clip}; give a positive number, or null not to clip")
         require(

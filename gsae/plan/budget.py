@@ -103,7 +103,7 @@ def budget(config: Config, assumptions: Assumptions) -> Budget:
         disk=_disk(config, banks),
         llm=llm_needs(config, shape, sites[-1].layer, len(sites), assumptions.ranks, _sae_bytes(config, banks)),
         train=train,
-        train_hours=None if rate is None else -(-train.banks // train.groups) * train.rows_per_run / rate / 3600,
+        train_hours=None if rate is None else -(-train.banks // train.groups) * (train.rows_per_run + train.pilot_rows) / rate / 3600,
         machine=this_machine(config),
         text=text,
         shape=shape,

@@ -83,6 +83,12 @@ def _train(found: Budget) -> Iterator[Line]:
     train = found.train
     rows = f"{counted(train.runs, 'run')} of {train.steps_per_run:,} steps of {train.batch_rows} rows = {train.rows_per_run:,} rows"
     yield "runs", f"{rows}, {train.passes:.2f} passes over the store"
+    if train.pilots:
+        share = train.pilot_rows / train.rows_per_run
+        yield (
+            "pilots",
+            f"at least {counted(train.pilots, 'short run')} for train.target_l0: {share:.0%} of a site's time for its runs",
+        )
     features, windows = gib(train.features_bytes_per_rank), gib(train.window_bytes_per_rank)
     parts = f"{gib(train.state_bytes_per_rank)} of weights and optimizer, {features} of features, {windows} of windows"
     yield "memory", f"about {gib(train.bytes_per_rank)} a rank, for the largest bank on {counted(train.ranks_per_group, 'rank')}: {parts}"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from gsae.config import Config
 from gsae.plan.disk import NUMBER_BYTES, StoreSize, num_parameters, row_bytes
+from gsae.plan.pilots import pilot_needs
 from gsae.train.plan import BankSpec
 
 FEATURE_TENSORS = 7
@@ -25,6 +26,10 @@ class TrainingNeeds:
     steps_per_run: int
     batch_rows: int
     rows_per_run: int
+    pilots: int
+    """Short runs that look for the lambdas of target L0s, over all sites; more where a target lies beyond the first lambdas."""
+    pilot_rows: float
+    """Rows of a site's runs that would take as long as its pilots; of the site where that is most."""
     passes: float
     """How often a run reads all the rows that it uses."""
     visits: int
@@ -45,7 +50,9 @@ def training_needs(config: Config, banks: Sequence[BankSpec], store: StoreSize, 
     """What training needs, on so many ranks."""
     train, number = config.train, NUMBER_BYTES[config.train.dtype]
     ranks_a_group = max(1, ranks // train.groups)
-    state = STATE_COPIES * number * max(sum(map(num_parameters, bank.runs)) for bank in banks)
+    pilots = [pilot_needs(config, bank) for bank in banks]
+    largest = max(max(sum(map(num_parameters, bank.runs)), before.parameters) for bank, before in zip(banks, pilots, strict=True))
+    state = STATE_COPIES * number * largest
     rows = -(-train.batch_rows // ranks_a_group)
     widest = max(run.num_features for bank in banks for run in bank.runs)
     features = FEATURE_TENSORS * number * min(rows, train.micro_batch_rows or rows) * widest
@@ -61,6 +68,8 @@ def training_needs(config: Config, banks: Sequence[BankSpec], store: StoreSize, 
         steps_per_run=banks[0].total_steps,
         batch_rows=train.batch_rows,
         rows_per_run=total_rows,
+        pilots=sum(before.runs for before in pilots),
+        pilot_rows=max(before.rows for before in pilots),
         passes=total_rows / max(1, used_rows),
         visits=1 if store.parts == 1 else -(-total_rows // rows_a_visit),
         groups=train.groups,

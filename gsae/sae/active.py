@@ -5,8 +5,7 @@ kernels: `embedding_bag` for sums of weighted rows, `sampled_addmm` for products
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+from gsae.sae.products import sums_in_float32
 
 # Said once a process, and not to our users: the layout is stable enough for the two products that need it.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
@@ -104,7 +105,7 @@ def find_active(
     """
     if not in_bfloat16:
         return _at_positions(len(x), len(bias), *_scan(x, encoder, lambda products: ~(products <= -bias)))
-    with _sums_in_float32():
+    with sums_in_float32():
         positions, _ = _scan(_bounded_rows(x), _bounded_directions(encoder, bias), torch.relu_)
     proposed = _at_positions(len(x), len(bias), positions, x.new_empty(0))
     a = proposed.products(x, encoder.T)
@@ -159,18 +160,6 @@ def _bounded_directions(encoder: Tensor, bias: Tensor) -> Tensor:
         rest = rest - directions[:, column].to(rest.dtype)
     directions[:, -1] = (BFLOAT16_ERROR + directions.shape[1] * 2.0**-24) * torch.linalg.vector_norm(encoder, dim=0)
     return directions.T
-
-
-@contextmanager
-def _sums_in_float32() -> Iterator[None]:
-    """CUDA may sum parts of a bfloat16 product in bfloat16, which would break the bound."""
-    settings = torch.backends.cuda.matmul
-    before = settings.allow_bf16_reduced_precision_reduction
-    settings.allow_bf16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        settings.allow_bf16_reduced_precision_reduction = before
 
 
 def _offsets(index: Tensor, count: int) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gsae.sae.products import affine
+
 
 class Dictionary(nn.Module):
     """Directions with a decoder; a subclass adds the encoder.
@@ -49,7 +51,7 @@ class Dictionary(nn.Module):
 
     def decode(self, f: Float[Tensor, "rows features"]) -> Float[Tensor, "rows d_model"]:
         """The reconstruction x_hat."""
-        return torch.addmm(self.b_dec, f, self.W_dec)
+        return affine(self.b_dec, f, self.W_dec)
 
     def forward(self, x: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_model"]:
         """The reconstruction x_hat of each row."""

@@ -6,13 +6,17 @@ The two files are all that is needed to use the SAE. `sae.json` holds the SHA-25
 import copy
 import hashlib
 import json
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.torch import save_file
+from torch import Tensor
 
 from gsae.errors import CheckpointError
 from gsae.sae.contents import COUNT, FLAG, NUMBER, OBJECT, PAIR, POSITIVE, SIZE, TEXT, each, or_null, record, require_fields
@@ -58,10 +62,26 @@ def save_sae(directory: Path, sae: SAE, description: dict[str, Any]) -> None:
         description: plain data; `objective` is needed to read it back, the rest (site, scale, LLM, ...) is the user's.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    weights = save_tensors({name: value.detach().cpu().contiguous() for name, value in sae.state_dict().items()})
-    own = {"format": FORMAT, "d_model": sae.d_model, "num_features": sae.num_features, "sha256": hashlib.sha256(weights).hexdigest()}
-    (directory / WEIGHTS_FILE).write_bytes(weights)
+    write_tensors(directory / WEIGHTS_FILE, sae.state_dict())
+    with (directory / WEIGHTS_FILE).open("rb") as weights:
+        sha256 = hashlib.file_digest(weights, "sha256").hexdigest()
+    own = {"format": FORMAT, "d_model": sae.d_model, "num_features": sae.num_features, "sha256": sha256}
     (directory / DESCRIPTION_FILE).write_text(json.dumps({**description, **own}, indent=1) + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors of any device and layout as a safetensors file. Other threads run meanwhile.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+    except SafetensorError as error:  # it has the system's number in its words only
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def read_sae(directory: Path) -> SavedSAE:

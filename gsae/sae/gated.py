@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gsae.sae.dictionary import Dictionary, encoder_weight
+from gsae.sae.products import centred_affine
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +53,8 @@ class GatedSAE(Dictionary):
         return self.b_gate
 
     def pre_activations(self, x: Float[Tensor, "rows d_model"]) -> PreActivations:
-        """Gate and magnitude before their nonlinearities, from one product.
-
-        b_dec is subtracted after the product, as a vector: autograd then needs no rows x d_model x features product for it.
-        """
-        a = torch.addmm(-(self.b_dec @ self.W_gate), x, self.W_gate)
+        """Gate and magnitude before their nonlinearities, from one product."""
+        a = centred_affine(None, x, self.b_dec, self.W_gate)
         return PreActivations(a + self.b_gate, torch.exp(self.r_mag) * a + self.b_mag)
 
     def features(self, pre: PreActivations) -> Float[Tensor, "rows features"]:

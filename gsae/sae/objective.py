@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gsae.config import ObjectiveName
 from gsae.sae.gated import GatedSAE
+from gsae.sae.products import affine
 from gsae.sae.relu import ReluSAE
 
 SAE = ReluSAE | GatedSAE
@@ -100,7 +101,7 @@ def gated(sae: GatedSAE, x: Float[Tensor, "rows d_model"]) -> Forward:
     """
     pre = sae.pre_activations(x)
     open_gates = torch.relu(pre.pi_gate)
-    auxiliary = _squared_error(torch.addmm(sae.b_dec.detach(), open_gates, sae.W_dec.detach()), x)
+    auxiliary = _squared_error(affine(sae.b_dec.detach(), open_gates, sae.W_dec.detach()), x)
     return _forward(sae, x, pre.pi_gate, sae.features(pre), _l1(open_gates), auxiliary)
 
 

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gsae.sae.objective import SAE
+from gsae.sae.products import product
 
 
 def pre_activation_loss(sae: SAE, x: Float[Tensor, "rows d_model"], dead: Int[Tensor, " dead"]) -> Float[Tensor, ""]:
@@ -19,5 +20,5 @@ def pre_activation_loss(sae: SAE, x: Float[Tensor, "rows d_model"], dead: Int[Te
         x: rows.
         dead: the dead features.
     """
-    pi_gate = (x - sae.b_dec.detach()) @ sae.encoder[:, dead] + sae.gate_bias[dead]
+    pi_gate = product(x - sae.b_dec.detach(), sae.encoder[:, dead]) + sae.gate_bias[dead]
     return torch.relu(-pi_gate).sum(dim=1).mean()

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gsae.sae.dictionary import Dictionary, encoder_weight
+from gsae.sae.products import centred_affine
 
 
 class ReluSAE(Dictionary):
@@ -36,8 +37,5 @@ class ReluSAE(Dictionary):
         return self.b_enc
 
     def encode(self, x: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows features"]:
-        """Features of each row.
-
-        b_dec is subtracted after the product, as a vector: autograd then needs no rows x d_model x features product for it.
-        """
-        return torch.relu(torch.addmm(self.b_enc - self.b_dec @ self.W_enc, x, self.W_enc))
+        """Features of each row."""
+        return torch.relu(centred_affine(self.b_enc, x, self.b_dec, self.W_enc))

@@ -20,6 +20,8 @@ METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
 STOPPED_FILE = "stopped.json"
 """In the output directory while a training that was stopped on request waits to be continued."""
+PILOTS_DIRECTORY = "pilots.partial"
+"""Beside the runs of a site while pilots look for lambdas: directories like those of runs, which are none."""
 CONTENTS_FILE = "checkpoint.json"
 CHECKPOINT_FORMAT = 1
 
@@ -33,8 +35,9 @@ class Checkpoint:
 
 
 def find_runs(directory: Path) -> list[Path]:
-    """All run directories at or below `directory`, in path order."""
-    return sorted(found.parent for found in directory.rglob(RUN_FILE))
+    """All run directories at or below `directory`, in path order; not those of pilots."""
+    found = (path.parent for path in directory.rglob(RUN_FILE))
+    return sorted(path for path in found if PILOTS_DIRECTORY not in path.relative_to(directory).parts)
 
 
 def checkpoints(run: Path) -> list[Checkpoint]:
@@ -60,7 +63,7 @@ def newest_checkpoint(run: Path) -> Checkpoint:
 def write_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Checkpoint:
     """Let `write` fill a directory aside, then hash, fsync and rename it to `checkpoints/<step>`.
 
-    Only one rank calls this. A checkpoint of the same step is replaced.
+    Only one rank calls this. A checkpoint of the same step is replaced. Where writing fails, what was written aside is removed.
     """
     folder = run / "checkpoints"
     make_directory(folder)
@@ -68,24 +71,40 @@ def write_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Che
         shutil.rmtree(left_over)
     aside, final = folder / f"{step:08d}.partial", folder / f"{step:08d}"
     aside.mkdir()
-    write(aside)
-    hashes = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
-    body = {"format": CHECKPOINT_FORMAT, "step": step, "sha256": hashes}
-    (aside / CONTENTS_FILE).write_text(json.dumps({**body, "digest": _digest(body)}, indent=1) + "\n")
-    for path in aside.iterdir():
-        fsync_file(path)
-    fsync_directory(aside)
-    if final.exists():
-        remove_checkpoint(final)
-    aside.rename(final)
+    try:
+        write(aside)
+        _seal(aside, step)
+        if final.exists():
+            remove_checkpoint(final)
+        aside.rename(final)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     fsync_directory(folder)
     return Checkpoint(final, step)
 
 
-def prune_checkpoints(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
+def _seal(directory: Path, step: int) -> None:
+    """List the hashes of the files in a directory, and wait until all is on the disk."""
+    hashes = {path.name: _sha256(path) for path in sorted(directory.iterdir())}
+    body = {"format": CHECKPOINT_FORMAT, "step": step, "sha256": hashes}
+    (directory / CONTENTS_FILE).write_text(json.dumps({**body, "digest": _digest(body)}, indent=1) + "\n")
+    for path in directory.iterdir():
+        fsync_file(path)
+    fsync_directory(directory)
+
+
+def prune_checkpoints(run: Path, keep: int, keep_every_steps: int | None = None) -> None:
+    """Delete checkpoints.
+
+    Args:
+        run: the run.
+        keep: how many of the newest stay.
+        keep_every_steps: those of its multiples stay too; None: no others.
+    """
     for old in checkpoints(run)[:-keep]:
-        remove_checkpoint(old.path)
+        if keep_every_steps is None or old.step % keep_every_steps:
+            remove_checkpoint(old.path)
 
 
 def remove_checkpoint(checkpoint: Path) -> None:

@@ -6,8 +6,9 @@ All ranks of a group take a batch and then meet to sum its gradients: whoever ha
 from dataclasses import replace
 
 from gsae.heartbeat import Heartbeat
+from gsae.store.origin import Origin
 from gsae.store.stream import Batch, Stream
-from gsae.train.bank import Bank, Chore, Stretch
+from gsae.train.bank import Stretch
 
 CONTINUES = "the training continues from its last checkpoint"
 
@@ -44,21 +45,9 @@ class _BeatingStream(Stream):
         self._beats.beat(turns=1, batches=1)
         return batch
 
+    def origins(self, batch: Batch) -> list[Origin]:
+        with self._beats.busy():
+            return self._stream.origins(batch)
+
     def close(self) -> None:
         self._stream.close()
-
-
-class Patiently:
-    """A chore that may take longer than the time-out."""
-
-    def __init__(self, chore: Chore, beats: Heartbeat) -> None:
-        self._chore, self._beats = chore, beats
-
-    def is_due(self, bank: Bank) -> bool:
-        """When the chore is."""
-        return self._chore.is_due(bank)
-
-    def run(self, bank: Bank) -> None:
-        """Do it."""
-        with self._beats.busy():
-            self._chore.run(bank)

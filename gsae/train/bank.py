@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gsae.config import TrainConfig
 from gsae.sae.objective import SAE, UNIT_NORM, build
 from gsae.store.stream import Batch, Stream
+from gsae.train.averaging import WeightAverage
 from gsae.train.clock import Clock
 from gsae.train.feed import Feed
 from gsae.train.firing import FiringCounter
@@ -41,6 +42,8 @@ class Run:
     optimizer: SAEOptimizer
     firing: FiringCounter
     meter: Meter
+    average: WeightAverage | None = None
+    """The moving average of the weights, where train.ema_decay asks for one."""
     event_step: int | None = None
     """Step of the last event that resampled features."""
     resampled: Int[Tensor, " resampled"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
@@ -153,6 +156,7 @@ class Bank:
 
     def lambda_(self, run: Run, step: int) -> float:
         """The sparsity coefficient of an update; the first is number 0."""
+        assert run.spec.lambda_ is not None, "pilots find it before a bank is made"
         return run.spec.lambda_ * lambda_multiplier(step, self.spec.total_steps, self.config.schedule)
 
     def feed_from(self, stream: Stream) -> Feed:
@@ -209,13 +213,15 @@ def train_step(bank: Bank, run: Run, x: Float[Tensor, "rows d_model"]) -> None:
         learning_rate=bank.learning_rate(run, bank.step),
         micro_batch_rows=bank.config.micro_batch_rows,
     )
+    if run.average is not None:
+        run.average.update(run.sae, bank.step)
     run.firing.update(report.fired, report.opened, bank.spec.batch_rows)
     run.meter.update(report, bank.step)
     run.num_open = report.opened.sum()
 
 
 def torch_dtype(config: TrainConfig) -> torch.dtype:
-    """The type of weights and products."""
+    """The type of weights."""
     return torch.float64 if config.dtype == "float64" else torch.float32
 
 
@@ -232,9 +238,11 @@ def make_run(spec: RunSpec, directory: Path, config: TrainConfig, mean: Float[Te
         unit_norm=spec.objective in UNIT_NORM,
         clip_gradient_norm=config.clip_gradient_norm,
     )
-    training = TrainingModule(sae, spec.objective, spec.pre_activation_loss)
+    training = TrainingModule(sae, spec.objective, spec.pre_activation_loss, config.products)
     firing, meter = FiringCounter(spec.num_features, group.device), Meter(group.device)
-    return Run(spec, directory, sae, training, group.wrap(training), optimizer, firing, meter)
+    decay, unit_norm = config.ema_decay, spec.objective in UNIT_NORM
+    average = None if decay is None else WeightAverage(sae, decay, unit_norm=unit_norm)
+    return Run(spec, directory, sae, training, group.wrap(training), optimizer, firing, meter, average)
 
 
 def fresh_rows(bank: Bank, num_rows: int) -> Iterator[Batch]:

@@ -1,22 +1,30 @@
 """A run's state to and from a checkpoint directory. In: a `Run` at a step. Out: the same run, bit for bit, on any number of ranks.
 
-Beside the SAE itself (`sae.safetensors`, `sae.json`) stand `state.safetensors` (optimizer, firing counters) and `state.json`
-(the run's counters). All of it is the same on every rank when it is taken, so it does not depend on their number.
+Beside the SAE itself (`sae.safetensors`, `sae.json`) stand `state.safetensors` (optimizer, firing counters; with `train.ema_decay`
+also the weights and their average, since the SAE is then made of the average) and `state.json` (the run's counters). All of it is
+the same on every rank when it is taken, so it does not depend on their number.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
+from gsae.config import ObjectiveName
 from gsae.errors import CheckpointError
-from gsae.sae.formats import read_sae, save_sae
+from gsae.sae.formats import read_sae, save_sae, write_tensors
+from gsae.sae.objective import SAE, SAE_CLASS, UNIT_NORM
 from gsae.store.durable import fsync_file, write_aside
 from gsae.store.runs import METRICS_FILE, checkpoints, prune_checkpoints, read_run, remove_checkpoint, require_whole, write_checkpoint
+from gsae.train.alive import CONTINUES
+from gsae.train.averaging import WeightAverage
 from gsae.train.bank import Bank, Position, Run
 
 STATE_TENSORS_FILE = "state.safetensors"
@@ -37,35 +45,104 @@ class ResumePoint:
     """Where in a store in parts that is; None at step 0, and in a store that is not in parts."""
 
 
-def save_runs(bank: Bank, runs: Sequence[Run]) -> None:
-    """Write a checkpoint of each run, then delete old ones. A collective: the first rank writes, all ranks wait.
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints of a run stay when a new one is on the disk."""
 
-    Old ones go only when all runs have the new step, so a step that all of them have whole is left wherever a kill strikes.
+    newest: int
+    """So many, with the new one."""
+    every_steps: int | None
+    """Besides them those of its multiples; None: no others."""
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A run's state at a step, on the host, that training does not change any more."""
+
+    directory: Path
+    """Of the run."""
+    objective: ObjectiveName
+    step: int
+    rows: int
+    """Rows taken, over all ranks."""
+    ema_decay: float | None
+    """Of the average of the weights, if there is one."""
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    """What goes into `state.json`."""
+
+
+def take_snapshot(bank: Bank, run: Run, to_host: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> Snapshot:
+    """The run as it is now; its firing counts are synchronised.
+
+    Args:
+        bank: the bank, at its step.
+        run: one of its runs.
+        to_host: copies tensors by name.
     """
-    for run in runs:
-        run.firing.synchronise(bank.group)
-    bank.group.on_first(lambda: _write(bank, runs))
-
-
-def _write(bank: Bank, runs: Sequence[Run]) -> None:
-    for run in runs:
-        fsync_file(run.directory / METRICS_FILE)
-        write_checkpoint(run.directory, bank.step, partial(_fill, bank, run))
-    for run in runs:
-        prune_checkpoints(run.directory, bank.config.keep_checkpoints)
-
-
-def _fill(bank: Bank, run: Run, directory: Path) -> None:
-    described = {key: value for key, value in read_run(run.directory).items() if key not in ("format", "settings")}
-    save_sae(directory, run.sae, {**described, "step": bank.step, "rows": bank.rows})
-    optimizer = {f"optimizer.{name}": value.cpu().contiguous() for name, value in run.optimizer.state_tensors().items()}
-    firing = {f"firing.{name}": value.cpu().contiguous() for name, value in run.firing.state_tensors().items()}
-    features = {"resampled": run.resampled.cpu(), "dead": run.training.dead.cpu()}
-    save_file({**optimizer, **firing, **features}, directory / STATE_TENSORS_FILE)
+    average = None if run.average is None else run.average.state_tensors()
+    parts = {"weights": run.sae.state_dict(), "average": average or {}, "optimizer": run.optimizer.state_tensors()}
+    parts["firing"] = run.firing.state_tensors()
+    tensors = {f"{part}.{name}": value for part, named in parts.items() for name, value in named.items()}
+    tensors |= {"resampled": run.resampled, "dead": run.training.dead}
     counters = {name: getattr(run, name) for name in COUNTERS} | {"is_sparse": run.training.is_sparse}
     if bank.position is not None:
         counters["position"] = asdict(bank.position)
-    (directory / STATE_FILE).write_text(json.dumps({"step": bank.step, **counters}, indent=1) + "\n")
+    decay = None if run.average is None else run.average.decay
+    return Snapshot(run.directory, run.spec.objective, bank.step, bank.rows, decay, to_host(tensors), {"step": bank.step, **counters})
+
+
+def write_snapshots(snapshots: Sequence[Snapshot], keep: Keep) -> None:
+    """Write a checkpoint of each run, then delete old ones. Files only; one rank calls this.
+
+    Old ones go only when all runs have the new step, so a step that all of them have whole is left wherever a kill strikes.
+
+    Raises:
+        CheckpointError: the disk is full, or something cannot be written.
+    """
+    for snapshot in snapshots:
+        with _on_disk(snapshot):
+            fsync_file(snapshot.directory / METRICS_FILE)
+            write_checkpoint(snapshot.directory, snapshot.step, partial(_fill, snapshot))
+    for snapshot in snapshots:
+        with _on_disk(snapshot):
+            prune_checkpoints(snapshot.directory, keep.newest, keep.every_steps)
+
+
+@contextmanager
+def _on_disk(snapshot: Snapshot) -> Iterator[None]:
+    """A block whose failure to write is one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint of step {snapshot.step} could not be written: {error.filename or snapshot.directory}: "
+            f"{error.strerror or error}; free some space or mend the permissions, then run the same again: {CONTINUES}"
+        ) from error
+
+
+def _fill(snapshot: Snapshot, directory: Path) -> None:
+    described = {key: value for key, value in read_run(snapshot.directory).items() if key not in ("format", "settings")}
+    described |= {"step": snapshot.step, "rows": snapshot.rows}
+    tensors, sae = snapshot.tensors, _sae_of(snapshot.objective, _below("weights.", snapshot.tensors))
+    if snapshot.ema_decay is None:
+        tensors = {name: value for name, value in tensors.items() if not name.startswith("weights.")}
+    else:
+        described["ema_decay"] = snapshot.ema_decay
+        average = _sae_of(snapshot.objective, _below("average.", tensors))
+        sae = WeightAverage(average, snapshot.ema_decay, unit_norm=snapshot.objective in UNIT_NORM).to_sae()
+    save_sae(directory, sae, described)
+    write_tensors(directory / STATE_TENSORS_FILE, tensors)
+    (directory / STATE_FILE).write_text(json.dumps(snapshot.state, indent=1) + "\n")
+
+
+def _sae_of(objective: ObjectiveName, tensors: Mapping[str, Tensor]) -> SAE:
+    """An SAE that consists of these tensors themselves."""
+    num_features, d_model = tensors["W_dec"].shape
+    with torch.device("meta"):
+        sae = SAE_CLASS[objective](d_model, num_features)
+    sae.load_state_dict(tensors, assign=True)
+    return sae.requires_grad_(False)
 
 
 def find_resume_point(directories: dict[str, Path], first_checkpoint: int) -> ResumePoint:
@@ -141,8 +218,12 @@ def _read_position(checkpoint: Path) -> Position | None:
 def restore_run(run: Run, checkpoint: Path) -> None:
     """Take over a checkpoint's state. Every rank calls this."""
     saved = read_sae(checkpoint)
-    run.sae.load_state_dict(saved.sae.state_dict())
     tensors = load_file(checkpoint / STATE_TENSORS_FILE)
+    if run.average is None:
+        run.sae.load_state_dict(saved.sae.state_dict())
+    else:
+        run.sae.load_state_dict(_below("weights.", tensors))
+        run.average.load_state_tensors(_below("average.", tensors))
     run.optimizer.load_state_tensors(_below("optimizer.", tensors))
     run.firing.load_state_tensors(_below("firing.", tensors))
     run.resampled = tensors["resampled"].to(run.resampled.device)

@@ -13,11 +13,11 @@ from typing import Any
 from gsae.config import TrainConfig
 from gsae.console import TrainingView
 from gsae.store.runs import METRICS_FILE
-from gsae.train import doctor, resample
+from gsae.train import blame, doctor, resample
 from gsae.train.bank import Bank, Run, fresh_rows
-from gsae.train.checkpoint import save_runs
 from gsae.train.clock import Seconds
 from gsae.train.meter import Reading
+from gsae.train.saving import Saver
 from gsae.train.schedule import event_steps, warmup_steps
 
 UNHEALTHY_FRACTION = 0.05
@@ -62,13 +62,15 @@ def _dead_share(bank: Bank, run: Run) -> DeadShare:
 
 
 class Log:
-    """A metrics line a run; stops runs that are not finite, or sick for too long; says at the end what bound the speed.
+    """A metrics line a run; stops runs that diverged, or were sick for too long; says at the end what bound the speed.
+
+    A row that is not finite ends the training (blame.py).
 
     Also due before each checkpoint, so that a checkpoint need not hold half-summed measures.
     """
 
-    def __init__(self, view: TrainingView) -> None:
-        self._view = view
+    def __init__(self, view: TrainingView, saver: Saver) -> None:
+        self._view, self._saver = view, saver
         self._time = time.monotonic()
         self._step: int | None = None
         self._spent = Seconds()
@@ -88,18 +90,21 @@ class Log:
             spent = doctor.critical_path(bank.clock.read(), bank.group)
             self._spent += spent
             self._view.show_times(doctor.brief(spent))
-            for run in bank.active_runs:
+            readings = [(run, run.meter.read(bank.group)) for run in bank.active_runs]
+            non_finite = [(run, reading.non_finite_step) for run, reading in readings if reading.non_finite_step is not None]
+            blame.examine(bank, non_finite)
+            for run, reading in readings:
                 run.seconds += seconds
-                self._log(bank, run, steps, steps * bank.spec.batch_rows / seconds, doctor.shares(spent))
+                self._log(bank, run, reading, steps, steps * bank.spec.batch_rows / seconds, doctor.shares(spent))
             self._time, self._step = time.monotonic(), bank.step
         if self._spent.total and (bank.step == bank.until or bank.stopping or not bank.active_runs):
             self._view.say(doctor.verdict(self._spent))
             self._spent = Seconds()
 
-    def _log(self, bank: Bank, run: Run, steps: int, rows_per_second: float, shares: dict[str, float]) -> None:
-        reading, dead = run.meter.read(bank.group), _dead_share(bank, run)
+    def _log(self, bank: Bank, run: Run, reading: Reading, steps: int, rows_per_second: float, shares: dict[str, float]) -> None:
+        dead = _dead_share(bank, run)
         if reading.non_finite_step is not None:
-            self._stop(bank, run, dead, f"the gradient of step {reading.non_finite_step} was not finite; the weights did not move by it")
+            self._stop(bank, run, dead, blame.divergence(reading.non_finite_step))
             return
         last, fvu = bank.step - 1, reading.reconstruction / bank.variance
         lambda_ = bank.lambda_(run, last)
@@ -135,8 +140,11 @@ class Log:
         )
 
     def _sickness(self, bank: Bank, run: Run, l0: float, fvu: float, steps: int) -> str | None:
-        """Why the run should stop, if it has been collapsed or worse than the mean for too long since the warm-ups."""
-        if bank.step - steps < warmup_steps(bank.spec.total_steps, bank.config.schedule):
+        """Why the run should stop, if it has been collapsed or worse than the mean for too long since the warm-ups.
+
+        Not a pilot: those are to show where that begins, and are too short to judge.
+        """
+        if bank.spec.is_pilot or bank.step - steps < warmup_steps(bank.spec.total_steps, bank.config.schedule):
             return None  # an SAE begins with too many features on, and FVU over 1
         run.low_l0_steps = run.low_l0_steps + steps if l0 < 1 else 0
         run.high_fvu_steps = run.high_fvu_steps + steps if fvu > 1 else 0
@@ -150,7 +158,7 @@ class Log:
     def _stop(self, bank: Bank, run: Run, dead: DeadShare, reason: str) -> None:
         run.stopped = reason
         write_metrics(bank, run, "stopped", {"reason": reason, **asdict(dead)})
-        save_runs(bank, [run])
+        self._saver.save(bank, [run])
         self._view.say(f"{run.spec.name} stopped at step {bank.step}: {reason}")
 
 
@@ -220,6 +228,8 @@ class Resample:
         )
         if done.resampled:
             run.event_step, run.resampled = bank.step, done.features
+            if run.average is not None:
+                run.average.take_over(run.sae, done.features)
             run.training.is_sparse = False  # new gates may be open on half of all rows
         if done.refused is None:
             run.firing.start_interval()
@@ -233,12 +243,15 @@ class Resample:
 
 
 class SaveCheckpoints:
-    """A checkpoint of every run that trains, or has just finished."""
+    """A checkpoint of every run that trains, or has just finished; it is written while training goes on."""
+
+    def __init__(self, saver: Saver) -> None:
+        self._saver = saver
 
     def is_due(self, bank: Bank) -> bool:
         """Every `train.checkpoint_every_fraction` of the run, at the end of a part, and at the run's."""
         return is_checkpoint_due(bank)
 
     def run(self, bank: Bank) -> None:
-        """Write them."""
-        save_runs(bank, bank.unstopped_runs)
+        """Begin to write them."""
+        self._saver.save(bank, bank.unstopped_runs)

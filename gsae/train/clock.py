@@ -30,7 +30,7 @@ class Seconds:
     communicating: float = 0.0
     """Gradients summed over ranks, as far as the computation waited for it."""
     chores: float = 0.0
-    """Log lines, resampling, checkpoints."""
+    """Log lines, resampling, copies of checkpoints and waiting for the disk."""
 
     @property
     def total(self) -> float:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gsae.store.encoding import Encoded
+from gsae.store.origin import Origin
 from gsae.store.stream import Batch, Stream
 from gsae.train.clock import Clock
 
@@ -70,10 +71,31 @@ class Feed:
             if self._ahead is not None:
                 self._return()
             for _ in range(num_batches):
-                batch = self._stream.next_batch()
-                yield replace(batch, x=self._scaled(Encoded(batch.x, batch.row_scale)), row_scale=None)
+                yield self._scaled_batch()
         finally:
             self._return()
+
+    def read_again(self, rows_taken: int) -> Batch:
+        """The batch that came after so many rows, scaled and on the device; `next` gives what it would have given. It stays.
+
+        Raises:
+            StoreError: a tar is gone or damaged.
+        """
+        try:
+            self._finish_copy()
+            self._stream.seek(rows_taken)
+            batch = self._scaled_batch()
+            return replace(batch, row=batch.row.clone())
+        finally:
+            self._return()
+
+    def origins(self, batch: Batch) -> list[Origin]:
+        """Where each row of a batch comes from.
+
+        Raises:
+            StoreError: a tar is gone or damaged.
+        """
+        return self._stream.origins(batch)
 
     def _fetch(self) -> Encoded:
         """The stream's next rows, on a GPU as a copy that is under way."""
@@ -88,6 +110,10 @@ class Feed:
         self._finish_copy()
         self._ahead = None
         self._stream.seek(self._rows_taken)
+
+    def _scaled_batch(self) -> Batch:
+        batch = self._stream.next_batch()
+        return replace(batch, x=self._scaled(Encoded(batch.x, batch.row_scale)), row_scale=None)
 
     def _finish_copy(self) -> None:
         if self._copies is not None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from gsae.config import Config, ObjectiveName, SweepConfig
+from gsae.config import Config, ObjectiveName, SweepConfig, TrainConfig
 from gsae.errors import ConfigError
 from gsae.llm.site import resolve_site
 from gsae.store.manifest import Manifest, fingerprint
@@ -13,11 +13,13 @@ from gsae.store.manifest import Manifest, fingerprint
 RUN_FORMAT = 2
 T = TypeVar("T")
 FREE_SETTINGS = (
-    *("sweeps", "sites", "learning_rate", "learning_rates"),  # what they mean for a run stands in its RunSpec
+    *("sweeps", "sites", "learning_rate", "learning_rates", "target_l0"),  # what they mean for a run stands in its RunSpec
     # These do not change the weights.
-    *("groups", "log_every_steps", "checkpoint_every_fraction", "keep_checkpoints", "verify_shards", "read_threads"),
+    *("groups", "log_every_steps", "checkpoint_every_fraction", "keep_checkpoints", "keep_every", "verify_shards", "read_threads"),
 )
 """Fields of TrainConfig that a resumed run need not share."""
+NEWER_SETTINGS = {"max_rows": None, "products": "float32", "ema_decay": None}
+"""Fields of TrainConfig that runs were begun without, and their defaults, at which `run.json` leaves them out."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,12 @@ class RunSpec:
     """Weight of the pre-activation loss of dead features, in multiples of lambda; 0 leaves it out."""
     d_model: int
     num_features: int
-    lambda_: float
-    """Sparsity coefficient, on scaled activations."""
+    lambda_: float | None
+    """Sparsity coefficient, on scaled activations; None until pilots found it."""
     seed: int
     learning_rate: float
+    target_l0: float | None = None
+    """The L0 that pilots looked for lambda by; None where the config gives lambda."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class BankSpec:
     """Rows are multiplied by it before they reach the SAEs."""
     batch_rows: int
     total_steps: int
+    is_pilot: bool = False
+    """Whether these are short runs that look for lambda."""
 
     @property
     def total_rows(self) -> int:
@@ -95,7 +101,8 @@ def plan_banks(config: Config, store: StoreOutline) -> list[BankSpec]:
             banks.append(BankSpec(site, tuple(runs), scale, config.train.batch_rows, total_steps))
     if not banks:
         raise ConfigError(
-            "train.sweeps asks for no run at any site of the store; give each sweep lambdas for a site, e.g. lambdas: {'*': [0.1]}"
+            "train.sweeps asks for no run at any site of the store; give each sweep lambdas for a site, e.g. lambdas: {'*': [0.1]}, "
+            "or train.target_l0"
         )
     return banks
 
@@ -122,18 +129,18 @@ def _by_site(values: Mapping[str | int, T], store: StoreOutline, setting: str) -
 
 
 def _runs_of_sweep(config: Config, sweep: SweepConfig, site: str, store: StoreOutline, learning_rate: float) -> Iterator[RunSpec]:
-    own = _by_site(sweep.lambdas, store, "train.sweeps.lambdas")
-    weight = f"-preact{sweep.pre_activation_loss:g}" if sweep.pre_activation_loss else ""
-    kind = sweep.objective + ("-resampled" if sweep.resampling else "") + weight
+    kind = _kind(sweep.objective, sweep.resampling, sweep.pre_activation_loss)
     rate_of_its_own = "" if sweep.learning_rate is None else f"-r{sweep.learning_rate:g}"
     for expansion in sweep.expansions:
         num_features = round(expansion * store.d_model)
         if num_features < 1:
             raise ConfigError(f"train.sweeps: expansion {expansion} of d_model {store.d_model} gives no feature; give a larger one")
-        for lambda_ in own.get(site, sweep.lambdas.get("*", [])):
+        for point in _points(config, sweep, site, store):
+            if point.target_l0 is not None and point.target_l0 >= num_features:
+                raise ConfigError(f"train.target_l0 is {point.target_l0:g} at {site}, where runs have {num_features} features; lower it")
             for seed in sweep.seeds:
                 yield RunSpec(
-                    name=f"{kind}-m{num_features}-l{lambda_:g}{rate_of_its_own}-s{seed}",
+                    name=f"{kind}-m{num_features}-{point.name}{rate_of_its_own}-s{seed}",
                     site=site,
                     layer=store.layers[site],
                     objective=sweep.objective,
@@ -141,10 +148,46 @@ def _runs_of_sweep(config: Config, sweep: SweepConfig, site: str, store: StoreOu
                     pre_activation_loss=sweep.pre_activation_loss,
                     d_model=store.d_model,
                     num_features=num_features,
-                    lambda_=lambda_,
+                    lambda_=point.lambda_,
                     seed=seed,
                     learning_rate=sweep.learning_rate or learning_rate,
+                    target_l0=point.target_l0,
                 )
+
+
+def search_name(run: RunSpec) -> str:
+    """What runs share that differ in lambda, target and seed alone."""
+    kind = _kind(run.objective, run.resampling, run.pre_activation_loss)
+    return f"{kind}-m{run.num_features}-r{run.learning_rate:g}"
+
+
+def pilot_lengths(train: TrainConfig, total_steps: int) -> list[int]:
+    """Steps of the pilots for runs of so many, rising: two lengths, of which the shorter is half the longer."""
+    longest = max(1, round(train.pilot.fraction * total_steps))
+    return sorted({max(1, longest // 2), longest})
+
+
+def _kind(objective: ObjectiveName, resampling: bool, pre_activation_loss: float) -> str:
+    """How runs are trained, in the short form that their names begin with."""
+    weight = f"-preact{pre_activation_loss:g}" if pre_activation_loss else ""
+    return objective + ("-resampled" if resampling else "") + weight
+
+
+@dataclass(frozen=True)
+class _Point:
+    """What sets the runs of a sweep apart at one width: lambda, or the L0 that it is to give."""
+
+    name: str
+    lambda_: float | None
+    target_l0: float | None
+
+
+def _points(config: Config, sweep: SweepConfig, site: str, store: StoreOutline) -> list[_Point]:
+    if sweep.lambdas:
+        own = _by_site(sweep.lambdas, store, "train.sweeps.lambdas")
+        return [_Point(f"l{lambda_:g}", lambda_, None) for lambda_ in own.get(site, sweep.lambdas.get("*", []))]
+    targets = _by_site(config.train.target_l0, store, "train.target_l0")
+    return [_Point(f"t{target:g}", None, target) for target in targets.get(site, config.train.target_l0.get("*", []))]
 
 
 def _require_unique(runs: list[RunSpec]) -> None:
@@ -159,13 +202,19 @@ def describe_run(spec: RunSpec, bank: BankSpec, config: Config, manifest: Manife
     """The content of `run.json`: what is trained, and by which settings a resumed run must have been made."""
     train = asdict(config.train)
     settings = {key: value for key, value in train.items() if key not in FREE_SETTINGS}
-    if config.train.max_rows is None:
-        del settings["max_rows"]  # as in runs that were begun before there was such a setting
+    settings = {key: value for key, value in settings.items() if key not in NEWER_SETTINGS or value != NEWER_SETTINGS[key]}
     if not spec.resampling:
         # Without resampling only the pre-activation loss asks which features are dead.
         settings["resampling"] = {"dead_after_rows": config.train.resampling.dead_after_rows} if spec.pre_activation_loss else {}
     own = {("lambda" if key == "lambda_" else key): value for key, value in asdict(spec).items()}
+    if spec.target_l0 is None:
+        del own["target_l0"], settings["pilot"]
     shared = {"scale": bank.scale, "total_steps": bank.total_steps, "batch_rows": bank.batch_rows}
     described = {"format": RUN_FORMAT, **own, **shared, "store_fingerprint": manifest.fingerprint, "settings": settings}
     plain: dict[str, Any] = json.loads(json.dumps(described))  # as it will be read back: lists for tuples
     return {**plain, "train_fingerprint": fingerprint(plain)}
+
+
+def with_all_settings(described: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a `run.json` together with the settings that it leaves out at their defaults."""
+    return {**described, "settings": NEWER_SETTINGS | described.get("settings", {})}

@@ -238,7 +238,8 @@ def _survey(sae: SAE, candidates: Iterable[Batch], num_draws: int, name: str, co
         loss = torch.where(has_direction, residual.square().sum(dim=1), 0.0)
         survey.drawn = survey.drawn.add(draw_keys(loss, lane, row, name), lane, row, vectors)
         if needs_sample:
-            survey.sample = survey.sample.add(draw_keys(torch.ones_like(loss), lane, row, f"{name}/density"), lane, row, batch.x)
+            is_finite = residual.isfinite().all(dim=1).double()
+            survey.sample = survey.sample.add(draw_keys(is_finite, lane, row, f"{name}/density"), lane, row, batch.x)
         survey.fired += (f > 0).sum(dim=0)
         survey.rows += len(batch.x)
     return survey

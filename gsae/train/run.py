@@ -7,25 +7,25 @@ left to do.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from gsae.config import Config
 from gsae.console import Console, open_console
-from gsae.errors import CheckpointError, ConfigError
+from gsae.errors import ConfigError
 from gsae.heartbeat import Heartbeat, heartbeat
-from gsae.settings import dump_config
 from gsae.store import manifest as manifests
-from gsae.store.durable import make_directory, require_writable, write_json_atomically
 from gsae.store.manifest import Manifest
 from gsae.store.opening import store_of
 from gsae.store.parts import num_parts, visit_directory
-from gsae.store.runs import RUN_FILE, STOPPED_FILE, find_difference, read_run
-from gsae.train.alive import CONTINUES, Patiently, with_beats
+from gsae.store.runs import METRICS_FILE, STOPPED_FILE, read_metrics
+from gsae.train.alive import CONTINUES, with_beats
 from gsae.train.bank import Bank, Chore, Position, Run, make_run, train
-from gsae.train.checkpoint import ResumePoint, find_resume_point, restore_run, truncate_metrics
+from gsae.train.checkpoint import Keep, ResumePoint, find_resume_point, restore_run, truncate_metrics
 from gsae.train.chores import ChooseStep, Log, Resample, SaveCheckpoints, checkpoint_interval
+from gsae.train.directories import prepare_directories
 from gsae.train.parts import find_stretch, record_waiting, remove_finished_parts, require_same_parts
-from gsae.train.plan import BankSpec, describe_run, outline, plan_banks
+from gsae.train.pilot import find_lambdas, require_same_pilots
+from gsae.train.plan import BankSpec, outline, plan_banks
+from gsae.train.saving import Background, Saver
 from gsae.train.stop import StopOnRequest, StopRequest
 from gsae.world import Group, World, lanes_of
 
@@ -43,6 +43,7 @@ def run_train(config: Config, world: World) -> None:
     output = Path(config.output)
     with (
         StopRequest(output).listening() as request,
+        Background() as background,
         heartbeat(world, config.stall_timeout_seconds, continues=CONTINUES) as beats,
     ):
         with beats.busy():
@@ -52,25 +53,28 @@ def run_train(config: Config, world: World) -> None:
                 _check_store(config, manifest)
                 lanes_of(world.group, manifest.num_lanes)
                 banks = plan_banks(config, outline(manifest))
-            world.everyone.on_first(lambda: _prepare_directories(config, manifest, banks))
+            banks = world.everyone.on_first(lambda: prepare_directories(config, manifest, banks))
+            world.everyone.on_first(lambda: require_same_pilots(config, manifest, banks))
         # In what is written the store stays where it is, also where it is read through a mirror.
         local = replace(config, harvest=replace(config.harvest, store=str(store)))
         has_ended = True
         while has_ended and (ticket := world.next_ticket("sites")) < len(banks):
-            has_ended = _train_bank(local, manifest, banks[ticket], world, console, request, beats)
+            has_ended = _train_site(local, manifest, banks[ticket], world, console, request, background, beats)
             if has_ended and request.is_made(world.group)[0]:
                 has_ended = False
                 request.record(world.group, banks[ticket].site, banks[ticket].total_steps)
     if world.everyone.any(not has_ended):  # no group trains any more, so nobody is waited for
         console.say(f"stopped on request; the same command continues from here ({output / STOPPED_FILE})")
-    elif num_parts(manifest) == 1:
-        console.say("training: no site is left")
     else:
         world.everyone.on_first(lambda: _leave(config, manifest, banks, console))
 
 
 def _leave(config: Config, manifest: Manifest, banks: list[BankSpec], console: Console) -> None:
     """What the first rank does when no group trains any more."""
+    _warn_of_stopped(config, banks, console)
+    if num_parts(manifest) == 1:
+        console.write("training: no site is left")
+        return
     visit = remove_finished_parts(config, manifest, banks)
     record_waiting(config, visit)
     if visit is None:
@@ -78,6 +82,17 @@ def _leave(config: Config, manifest: Manifest, banks: list[BankSpec], console: C
     else:
         part = visit_directory(Path(config.store_directory), visit)
         console.write(f"training: waits for {part}; run gsae harvest, then gsae train again")
+
+
+def _warn_of_stopped(config: Config, banks: list[BankSpec], console: Console) -> None:
+    """Name the runs that ended before their time: their reasons were said long ago, or by an earlier training."""
+    names = [f"{bank.site}/{run.name}" for bank in banks for run in bank.runs]
+    ends = {name: [line for line in read_metrics(Path(config.output) / name) if line["kind"] in ("stopped", "finished")] for name in names}
+    stopped = [name for name, lines in ends.items() if lines and lines[-1]["kind"] == "stopped"]
+    if stopped:
+        were = "was stopped before its end" if len(stopped) == 1 else "were stopped before their ends"
+        shown = ", ".join(stopped[:5]) + (f" and {len(stopped) - 5} others" if len(stopped) > 5 else "")
+        console.warn(f"{len(stopped)} of {len(names)} runs {were}, for the reason in {METRICS_FILE}: {shown}")
 
 
 def _check_store(config: Config, manifest: Manifest) -> None:
@@ -88,38 +103,43 @@ def _check_store(config: Config, manifest: Manifest) -> None:
     require_same_parts(config, manifest)
 
 
-def _prepare_directories(config: Config, manifest: Manifest, banks: list[BankSpec]) -> None:
-    """Make the run directories, or refuse those that hold other runs, before anything is trained."""
-    output = Path(config.output)
-    require_writable(output, "output")
-    wanted = {output / bank.site / spec.name: describe_run(spec, bank, config, manifest) for bank in banks for spec in bank.runs}
-    new = {directory: run for directory, run in wanted.items() if not (directory / RUN_FILE).exists()}
-    for directory, run in wanted.items():
-        if directory not in new:
-            _require_same(directory, read_run(directory), run)
-    if num_parts(manifest) > 1:
-        remove_finished_parts(config, manifest, banks)  # also what an interrupted removal left
-    for directory, run in new.items():
-        make_directory(directory)
-        (directory / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        write_json_atomically(directory / RUN_FILE, run)
-    (output / STOPPED_FILE).unlink(missing_ok=True)
-    record_waiting(config, None)
+def _train_site(
+    config: Config,
+    manifest: Manifest,
+    spec: BankSpec,
+    world: World,
+    console: Console,
+    request: StopRequest,
+    background: Background,
+    beats: Heartbeat,
+) -> bool:
+    """Find the lambdas that are missing and train the runs of one site; as `_train_bank`."""
+
+    def train_bank(settings: Config, bank: BankSpec) -> bool:
+        return _train_bank(settings, manifest, bank, world, console, request, background, beats)
+
+    if any(run.lambda_ is None for run in spec.runs):
+        found = find_lambdas(config, manifest, spec, world.group, train_bank, beats, lambda line: _say(line, spec, world.group, console))
+        if found.spec is None:
+            return not found.is_stopped
+        spec = found.spec
+    return train_bank(config, spec)
 
 
-def _require_same(directory: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
-    if there.get("format") != wanted["format"]:
-        raise CheckpointError(
-            f"run {directory} was begun by another version of gsae (run format {there.get('format')}, this one has {wanted['format']}); "
-            "finish it with that version, or give output another directory"
-        )
-    difference = find_difference(there, wanted)
-    if difference:
-        raise CheckpointError(f"run {directory} was trained with {difference}; give output another directory, or restore the setting")
+def _say(line: str, spec: BankSpec, group: Group, console: Console) -> None:
+    if group.is_first:
+        console.write(f"{spec.site}: {line}")
 
 
 def _train_bank(
-    config: Config, manifest: Manifest, spec: BankSpec, world: World, console: Console, request: StopRequest, beats: Heartbeat
+    config: Config,
+    manifest: Manifest,
+    spec: BankSpec,
+    world: World,
+    console: Console,
+    request: StopRequest,
+    background: Background,
+    beats: Heartbeat,
 ) -> bool:
     """Train the runs of one site to their end, or as far as the parts of the store go; False when a request stopped it before."""
     group, site = world.group, manifest.sites[spec.site]
@@ -146,12 +166,14 @@ def _train_bank(
         bank = Bank(spec, config.train, group, stretch, runs, variance, point.step)
         if point.step:
             view.say(f"continues at step {point.step} of {spec.total_steps}")
-        log = Log(view)
-        save, stop = Patiently(SaveCheckpoints(), beats), StopOnRequest(request, log, beats)
-        chores: list[Chore] = [log, ChooseStep(), Resample(bank, view), save, stop]
+        every = config.train.keep_every
+        saver = Saver(background, Keep(config.train.keep_checkpoints, every and every * interval), beats)
+        log = Log(view, saver)
+        chores: list[Chore] = [log, ChooseStep(), Resample(bank, view), SaveCheckpoints(saver), StopOnRequest(request, log, saver)]
         while stretch is not None:
             bank.stretch = with_beats(stretch, beats)
             train(bank, chores)
+            saver.finish(group)
             if bank.stopping or not bank.active_runs:
                 break
             with beats.busy():

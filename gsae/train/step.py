@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gsae.config import ObjectiveName
+from gsae.config import ObjectiveName, ProductsName
 from gsae.sae.objective import SAE, Losses, objective
 from gsae.sae.pre_activation import pre_activation_loss
+from gsae.sae.products import bfloat16_products
 from gsae.sae.sparse import sparse_objective
 from gsae.train.optim import GradientReport, SAEOptimizer
 from gsae.world import without_sum
@@ -52,24 +53,35 @@ class StepReport:
 class TrainingModule(nn.Module):
     """An SAE with its loss inside `forward`, so that DDP sees the whole step."""
 
-    def __init__(self, sae: SAE, objective_name: ObjectiveName, pre_activation_weight: float = 0.0) -> None:
-        """`pre_activation_weight` is the weight of the pre-activation loss of dead features, in multiples of lambda."""
+    def __init__(
+        self, sae: SAE, objective_name: ObjectiveName, pre_activation_weight: float = 0.0, products: ProductsName = "float32"
+    ) -> None:
+        """Make the module.
+
+        Args:
+            sae: the SAE.
+            objective_name: what it is trained by.
+            pre_activation_weight: weight of the pre-activation loss of dead features, in multiples of lambda.
+            products: `bfloat16` makes the dense step's products from bfloat16 factors, and has the sparse step propose entries by such.
+        """
         super().__init__()
         self.sae = sae
         self.is_sparse = False
         """Whether `forward` takes the sparse step."""
         self.dead = torch.zeros(0, dtype=torch.int64, device=sae.b_dec.device)
         """The features that the pre-activation loss counts as dead."""
-        self._dense, self._sparse = objective(objective_name), sparse_objective(objective_name)
+        self._in_bfloat16 = products == "bfloat16"
+        self._dense, self._sparse = objective(objective_name), sparse_objective(objective_name, in_bfloat16=self._in_bfloat16 or None)
         self._pre_activation_weight = pre_activation_weight
 
     def forward(self, x: Float[Tensor, "rows d_model"], lambda_: float) -> StepOutput:
         """The loss on scaled rows: L + weight lambda L_pre_activation."""
-        result = (self._sparse if self.is_sparse else self._dense)(self.sae, x)
-        total, pre_activation = result.losses.total(lambda_), x.new_zeros(())
-        if self._pre_activation_weight and len(self.dead):
-            pre_activation = pre_activation_loss(self.sae, x, self.dead)
-            total = total + self._pre_activation_weight * lambda_ * pre_activation
+        with bfloat16_products() if self._in_bfloat16 else nullcontext():
+            result = (self._sparse if self.is_sparse else self._dense)(self.sae, x)
+            total, pre_activation = result.losses.total(lambda_), x.new_zeros(())
+            if self._pre_activation_weight and len(self.dead):
+                pre_activation = pre_activation_loss(self.sae, x, self.dead)
+                total = total + self._pre_activation_weight * lambda_ * pre_activation
         return StepOutput(total, result.losses, pre_activation, result.fired, result.opened)
 
     def choose(self, density: float, sparse_below_density: float) -> None:

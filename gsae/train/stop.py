@@ -11,11 +11,10 @@ from types import FrameType
 
 import torch
 
-from gsae.heartbeat import Heartbeat
 from gsae.store.runs import STOPPED_FILE
 from gsae.train.bank import Bank
-from gsae.train.checkpoint import save_runs
-from gsae.train.chores import Log
+from gsae.train.chores import Log, is_checkpoint_due
+from gsae.train.saving import Saver
 from gsae.world import Group
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -59,24 +58,28 @@ class StopRequest:
 class StopOnRequest:
     """The chore: the ranks ask each other about once a second; how many steps that is, they agree on too."""
 
-    def __init__(self, request: StopRequest, log: Log, beats: Heartbeat) -> None:
-        self._request, self._log, self._beats = request, log, beats
+    def __init__(self, request: StopRequest, log: Log, saver: Saver) -> None:
+        self._request, self._log, self._saver = request, log, saver
         self._every_steps = 1
+        self._step: int | None = None
         self._time = time.monotonic()
 
     def is_due(self, bank: Bank) -> bool:
-        """Every so many steps; not after the last one, which ends the bank anyway."""
-        return bank.step % self._every_steps == 0 and bank.step < bank.spec.total_steps
+        """Every so many steps, and after a checkpoint, which may have waited; not after the last one, which ends the bank anyway."""
+        return (bank.step % self._every_steps == 0 or is_checkpoint_due(bank)) and bank.step < bank.spec.total_steps
 
     def run(self, bank: Bank) -> None:
-        """Checkpoint and stop if any rank was told to; adjust how often to ask."""
+        """Checkpoint and stop if any rank was told to; adjust how often to ask. A checkpoint that failed meanwhile ends all ranks."""
+        self._saver.check(bank.group)
         now = time.monotonic()
-        steps_a_second = max(1, int(self._every_steps / max(now - self._time, 1e-6)))
+        num_steps = 1 if self._step is None else bank.step - self._step
+        steps_a_second = max(1, int(num_steps / max(now - self._time, 1e-6)))
         is_made, steps = self._request.is_made(bank.group, steps_a_second)
-        self._time, self._every_steps = now, min(steps, 10 * self._every_steps)
+        self._step, self._time, self._every_steps = bank.step, now, min(steps, 10 * self._every_steps)
         if is_made:
             bank.stopping = True
             self._log.run(bank)
-            with self._beats.busy():
-                save_runs(bank, bank.active_runs)
+            if not is_checkpoint_due(bank):
+                self._saver.save(bank, bank.active_runs)
+            self._saver.finish(bank.group)
             self._request.record(bank.group, bank.spec.site, bank.step)

@@ -85,6 +85,8 @@ def test_a_half_written_checkpoint_does_not_count(runs):
 
     with pytest.raises(OSError, match="disk full"):
         write_checkpoint(runs["a"], 50, fail)
+    assert list((runs["a"] / "checkpoints").iterdir()) == []
+    (runs["a"] / "checkpoints/00000025.partial").mkdir()
     assert steps(runs["a"]) == []
     save(runs["a"], 50)
     assert [path.name for path in (runs["a"] / "checkpoints").iterdir()] == ["00000050"]
@@ -96,6 +98,16 @@ def test_a_checkpoint_is_replaced_and_pruned_whole(runs):
     prune_checkpoints(runs["a"], keep=2)
     assert steps(runs["a"]) == [100, 150]
     assert all(damage(checkpoint.path) == [] for checkpoint in checkpoints(runs["a"]))
+
+
+def test_every_so_many_steps_one_is_kept_besides_the_newest(runs):
+    for step in (50, 100, 137, 150, 200, 250, 300):
+        save(runs["a"], step)
+    prune_checkpoints(runs["a"], 2, keep_every_steps=100)
+    assert steps(runs["a"]) == [100, 200, 250, 300]
+    save(runs["b"], 250)
+    assert find_resume_point(runs, first_checkpoint=50).step == 250
+    assert steps(runs["a"]) == [100, 200, 250]  # of what is older nothing goes
 
 
 def test_what_does_not_belong_to_a_checkpoint_is_found(runs):

@@ -82,6 +82,24 @@ def test_training_goes_on_where_it_was_when_candidates_are_given_up_midway():
         assert torch.equal(feed.next(), wanted(stream, 1))
 
 
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")])],
+)
+def test_a_batch_that_is_read_again_stays_and_training_goes_on_where_it_was(device):
+    stream = OneSlotStream("int8", pinned=device == "cuda")
+    with feed_of(stream, device=device) as feed:
+        for _ in range(3):
+            feed.next()
+        feed.look_ahead()
+        again = feed.read_again(BATCH_ROWS)
+        torch.testing.assert_close(feed.next().cpu(), wanted(stream, 3))
+        feed.look_ahead()
+        torch.testing.assert_close(again.x.cpu(), wanted(stream, 1))
+        assert again.row.tolist() == list(range(BATCH_ROWS, 2 * BATCH_ROWS))
+        torch.testing.assert_close(feed.next().cpu(), wanted(stream, 4))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])

@@ -257,6 +257,18 @@ def test_the_gate_may_open_as_often_as_the_alive_features_do(group, name):
     assert torch.equal((sae.encode(everything) > 0).sum(dim=0)[DEAD], on)
 
 
+def test_rows_that_are_not_finite_place_no_gate(group):
+    (sae, optimizer), (plain, plain_optimizer) = trained(), trained()
+    config = ResamplingConfig(gate_bias="median-density")
+    batch = next(candidates([0], num_batches=1, rows_a_lane=40))
+    others = Batch(batch.x[:20].clone(), batch.lane[:20], batch.row[:20])
+    batch.x[20:] = torch.nan
+    resample(group, sae, optimizer, iter([batch]), config)
+    resample(group, plain, plain_optimizer, iter([others]), config)
+    assert sae.b_gate.isfinite().all()
+    assert torch.equal(sae.W_gate, plain.W_gate)
+
+
 @pytest.mark.parametrize("gate_bias", ["zero", "median-density"])
 def test_all_features_may_be_dead(group, gate_bias):
     sae, optimizer = trained()
