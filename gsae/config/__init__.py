@@ -82,6 +82,11 @@ class Config:
             f"train.max_rows ({self.train.max_rows}) goes with a corpus in one part; set it to null, or corpus.parts to 1",
         )
         require(
+            self.corpus.parts == 1 or not any(sweep.warm_start for sweep in self.train.sweeps),
+            "train.sweeps: warm_start reads the store again for each lambda, which goes with a corpus in one part; set warm_start: false, "
+            "or corpus.parts to 1",
+        )
+        require(
             self.corpus.parts == 1 or not self.harvest.is_remote,
             f"corpus.parts is {self.corpus.parts}, and training removes a part from the store that it is through with, which it cannot do "
             f"at {self.harvest.store}; give harvest.store a directory, or set corpus.parts to 1",

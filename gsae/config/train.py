@@ -31,6 +31,9 @@ class SweepConfig:
     alternative to resampling, e.g. 0.03; 0 leaves it out."""
     learning_rate: float | None = None
     """Adam's step size for these runs; null takes the site's (train.learning_rates) or train.learning_rate."""
+    warm_start: bool = False
+    """Whether runs start from the weights with which the run of the lambda before, in the order given, ended; they are then
+    train.warm_start_fraction as long. The first lambda's starts from random weights and has the whole length."""
 
     def __post_init__(self) -> None:
         for site, values in self.lambdas.items():
@@ -52,6 +55,10 @@ class SweepConfig:
         require(
             not (self.resampling and self.objective == "gated-norm-weighted"),
             "train.sweeps: gated-norm-weighted has no unit-norm decoder to resample into; set resampling: false",
+        )
+        require(
+            bool(self.lambdas) or not self.warm_start,
+            "train.sweeps: warm_start goes from lambda to lambda, so give the sweep lambdas, or set warm_start: false",
         )
 
 
@@ -151,6 +158,8 @@ class TrainConfig:
     objective, width and learning rate find."""
     pilot: PilotConfig = field(default_factory=PilotConfig)
     """Those short runs."""
+    warm_start_fraction: float = 0.3
+    """Length of a run that starts from another's weights, as a share of total_rows (sweeps with warm_start)."""
     sites: list[int | str] = field(default_factory=list)
     """Sites to train, out of the store's; empty trains all."""
     total_rows: int = 1_000_000_000
@@ -248,3 +257,5 @@ class TrainConfig:
             0 < self.checkpoint_every_fraction <= 1,
             f"train.checkpoint_every_fraction is {self.checkpoint_every_fraction}; give a share in (0, 1]",
         )
+        fraction = self.warm_start_fraction
+        require(0 < fraction <= 1, f"train.warm_start_fraction is {fraction}; give a share in (0, 1]")

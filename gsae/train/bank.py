@@ -157,6 +157,8 @@ class Bank:
     def lambda_(self, run: Run, step: int) -> float:
         """The sparsity coefficient of an update; the first is number 0."""
         assert run.spec.lambda_ is not None, "pilots find it before a bank is made"
+        if run.spec.starts_from is not None:  # without a penalty the gates that its neighbour closed would open again
+            return run.spec.lambda_
         return run.spec.lambda_ * lambda_multiplier(step, self.spec.total_steps, self.config.schedule)
 
     def feed_from(self, stream: Stream) -> Feed:

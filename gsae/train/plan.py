@@ -1,7 +1,8 @@
 """Which runs a config asks for. In: the config and what a store holds. Out: one bank of run specifications a site."""
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -13,7 +14,8 @@ from gsae.store.manifest import Manifest, fingerprint
 RUN_FORMAT = 2
 T = TypeVar("T")
 FREE_SETTINGS = (
-    *("sweeps", "sites", "learning_rate", "learning_rates", "target_l0"),  # what they mean for a run stands in its RunSpec
+    # What these mean for a run stands in its RunSpec, and in its number of steps.
+    *("sweeps", "sites", "learning_rate", "learning_rates", "target_l0", "warm_start_fraction"),
     # These do not change the weights.
     *("groups", "log_every_steps", "checkpoint_every_fraction", "keep_checkpoints", "keep_every", "verify_shards", "read_threads"),
 )
@@ -41,6 +43,8 @@ class RunSpec:
     learning_rate: float
     target_l0: float | None = None
     """The L0 that pilots looked for lambda by; None where the config gives lambda."""
+    starts_from: str | None = None
+    """The run of the same site from whose last weights it starts; None starts from random ones."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def outline(manifest: Manifest) -> StoreOutline:
 
 
 def plan_banks(config: Config, store: StoreOutline) -> list[BankSpec]:
-    """The banks in the order in which groups take them: the sites in layer order.
+    """The banks in the order in which groups take them: the sites in layer order, the banks of a site one after another.
 
     Raises:
         ConfigError: a site is not in the store, a sweep names no site of it, or two runs would share a name.
@@ -98,13 +102,28 @@ def plan_banks(config: Config, store: StoreOutline) -> list[BankSpec]:
         _require_unique(runs)
         if runs:
             scale = store.scales[site] if config.train.scale_activations else 1.0
-            banks.append(BankSpec(site, tuple(runs), scale, config.train.batch_rows, total_steps))
+            for generation, members in enumerate(_generations(runs)):
+                steps = total_steps if generation == 0 else max(1, round(config.train.warm_start_fraction * total_steps))
+                banks.append(BankSpec(site, members, scale, config.train.batch_rows, steps))
     if not banks:
         raise ConfigError(
             "train.sweeps asks for no run at any site of the store; give each sweep lambdas for a site, e.g. lambdas: {'*': [0.1]}, "
             "or train.target_l0"
         )
     return banks
+
+
+def by_site(banks: Sequence[BankSpec]) -> list[list[BankSpec]]:
+    """The banks of each site, in the order in which one group trains them."""
+    return [list(of_site) for _, of_site in itertools.groupby(banks, key=lambda bank: bank.site)]
+
+
+def _generations(runs: Sequence[RunSpec]) -> list[tuple[RunSpec, ...]]:
+    """The runs that start from random weights, those that start from theirs, and so on."""
+    generation: dict[str | None, int] = {None: -1}
+    for run in runs:
+        generation[run.name] = generation[run.starts_from] + 1
+    return [tuple(run for run in runs if generation[run.name] == number) for number in range(max(generation.values()) + 1)]
 
 
 def _site_name(spec: int | str, store: StoreOutline) -> str:
@@ -129,18 +148,22 @@ def _by_site(values: Mapping[str | int, T], store: StoreOutline, setting: str) -
 
 
 def _runs_of_sweep(config: Config, sweep: SweepConfig, site: str, store: StoreOutline, learning_rate: float) -> Iterator[RunSpec]:
-    kind = _kind(sweep.objective, sweep.resampling, sweep.pre_activation_loss)
+    kind = _kind(sweep.objective, sweep.resampling, sweep.pre_activation_loss) + ("-warm" if sweep.warm_start else "")
     rate_of_its_own = "" if sweep.learning_rate is None else f"-r{sweep.learning_rate:g}"
     for expansion in sweep.expansions:
         num_features = round(expansion * store.d_model)
         if num_features < 1:
             raise ConfigError(f"train.sweeps: expansion {expansion} of d_model {store.d_model} gives no feature; give a larger one")
+        before: dict[int, str] = {}
         for point in _points(config, sweep, site, store):
             if point.target_l0 is not None and point.target_l0 >= num_features:
                 raise ConfigError(f"train.target_l0 is {point.target_l0:g} at {site}, where runs have {num_features} features; lower it")
             for seed in sweep.seeds:
+                name = f"{kind}-m{num_features}-{point.name}{rate_of_its_own}-s{seed}"
+                starts_from = before.get(seed) if sweep.warm_start else None
+                before[seed] = name
                 yield RunSpec(
-                    name=f"{kind}-m{num_features}-{point.name}{rate_of_its_own}-s{seed}",
+                    name=name,
                     site=site,
                     layer=store.layers[site],
                     objective=sweep.objective,
@@ -152,6 +175,7 @@ def _runs_of_sweep(config: Config, sweep: SweepConfig, site: str, store: StoreOu
                     seed=seed,
                     learning_rate=sweep.learning_rate or learning_rate,
                     target_l0=point.target_l0,
+                    starts_from=starts_from,
                 )
 
 
@@ -209,6 +233,8 @@ def describe_run(spec: RunSpec, bank: BankSpec, config: Config, manifest: Manife
     own = {("lambda" if key == "lambda_" else key): value for key, value in asdict(spec).items()}
     if spec.target_l0 is None:
         del own["target_l0"], settings["pilot"]
+    if spec.starts_from is None:
+        del own["starts_from"]
     shared = {"scale": bank.scale, "total_steps": bank.total_steps, "batch_rows": bank.batch_rows}
     described = {"format": RUN_FORMAT, **own, **shared, "store_fingerprint": manifest.fingerprint, "settings": settings}
     plain: dict[str, Any] = json.loads(json.dumps(described))  # as it will be read back: lists for tuples

@@ -12,11 +12,12 @@ from gsae.config import Config
 from gsae.console import Console, open_console
 from gsae.errors import ConfigError
 from gsae.heartbeat import Heartbeat, heartbeat
+from gsae.sae.formats import read_sae
 from gsae.store import manifest as manifests
 from gsae.store.manifest import Manifest
 from gsae.store.opening import store_of
 from gsae.store.parts import num_parts, visit_directory
-from gsae.store.runs import METRICS_FILE, STOPPED_FILE, read_metrics
+from gsae.store.runs import METRICS_FILE, STOPPED_FILE, newest_checkpoint, read_metrics
 from gsae.train.alive import CONTINUES, with_beats
 from gsae.train.bank import Bank, Chore, Position, Run, make_run, train
 from gsae.train.checkpoint import Keep, ResumePoint, find_resume_point, restore_run, truncate_metrics
@@ -24,7 +25,7 @@ from gsae.train.chores import ChooseStep, Log, Resample, SaveCheckpoints, checkp
 from gsae.train.directories import prepare_directories
 from gsae.train.parts import find_stretch, record_waiting, remove_finished_parts, require_same_parts
 from gsae.train.pilot import find_lambdas, require_same_pilots
-from gsae.train.plan import BankSpec, outline, plan_banks
+from gsae.train.plan import BankSpec, by_site, outline, plan_banks
 from gsae.train.saving import Background, Saver
 from gsae.train.stop import StopOnRequest, StopRequest
 from gsae.world import Group, World, lanes_of
@@ -57,12 +58,13 @@ def run_train(config: Config, world: World) -> None:
             world.everyone.on_first(lambda: require_same_pilots(config, manifest, banks))
         # In what is written the store stays where it is, also where it is read through a mirror.
         local = replace(config, harvest=replace(config.harvest, store=str(store)))
-        has_ended = True
-        while has_ended and (ticket := world.next_ticket("sites")) < len(banks):
-            has_ended = _train_site(local, manifest, banks[ticket], world, console, request, background, beats)
+        sites, has_ended = by_site(banks), True
+        while has_ended and (ticket := world.next_ticket("sites")) < len(sites):
+            for bank in sites[ticket]:
+                has_ended = has_ended and _train_runs(local, manifest, bank, world, console, request, background, beats)
             if has_ended and request.is_made(world.group)[0]:
                 has_ended = False
-                request.record(world.group, banks[ticket].site, banks[ticket].total_steps)
+                request.record(world.group, bank.site, bank.total_steps)
     if world.everyone.any(not has_ended):  # no group trains any more, so nobody is waited for
         console.say(f"stopped on request; the same command continues from here ({output / STOPPED_FILE})")
     else:
@@ -103,7 +105,7 @@ def _check_store(config: Config, manifest: Manifest) -> None:
     require_same_parts(config, manifest)
 
 
-def _train_site(
+def _train_runs(
     config: Config,
     manifest: Manifest,
     spec: BankSpec,
@@ -113,7 +115,7 @@ def _train_site(
     background: Background,
     beats: Heartbeat,
 ) -> bool:
-    """Find the lambdas that are missing and train the runs of one site; as `_train_bank`."""
+    """Find the lambdas that are missing and train the runs of one bank; as `_train_bank`."""
 
     def train_bank(settings: Config, bank: BankSpec) -> bool:
         return _train_bank(settings, manifest, bank, world, console, request, background, beats)
@@ -182,10 +184,12 @@ def _train_bank(
 
 
 def _resume(runs: list[Run], point: ResumePoint, group: Group) -> None:
-    """Bring all runs to the resume point."""
+    """Bring all runs to the resume point, or to where they start from."""
     for run in runs:
         source = point.sources[run.spec.name]
         if source is not None:
             restore_run(run, source)
+        elif run.spec.starts_from is not None:
+            run.sae.load_state_dict(read_sae(newest_checkpoint(run.directory.with_name(run.spec.starts_from)).path).sae.state_dict())
         if group.is_first:
             truncate_metrics(run.directory, point.step)
