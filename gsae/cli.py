@@ -133,6 +133,8 @@ def _plan(words: list[str]) -> int:
     rates.add_argument("--measure", action="store_true", help="load the LLM and measure that for some seconds, on one rank of this machine")
     rows = "rows a second of the runs of a site, as gsae train shows them, for the hours of training"
     parser.add_argument("--rows-per-second", type=_positive(float), metavar="X", help=rows)
+    link = "10^9 bytes a second that a rank sends to another of its group; adds communication to the hours of training"
+    parser.add_argument("--link-gigabytes-per-second", type=_positive(float), metavar="X", help=link)
     parser.add_argument("--json", action="store_true", help="write one JSON object, for machines")
     if any(word in ("-h", "--help") for word in words):
         sys.stdout.write(f"{parser.format_help()}\n{config_parser('plan').format_help()}")
@@ -144,7 +146,9 @@ def _plan(words: list[str]) -> int:
     from gsae.plan.budget import Assumptions
     from gsae.plan.run import run_plan
 
-    run_plan(config, Assumptions(given.ranks, given.tokens_per_second, given.rows_per_second, given.measure), as_json=given.json)
+    link_rate = None if given.link_gigabytes_per_second is None else 1e9 * given.link_gigabytes_per_second
+    assumptions = Assumptions(given.ranks, given.tokens_per_second, given.rows_per_second, link_rate, given.measure)
+    run_plan(config, assumptions, as_json=given.json)
     return 0
 
 

@@ -20,6 +20,7 @@ from gsae.config.train import (
     ScheduleConfig,
     ScheduleName,
     SweepConfig,
+    TrackerName,
     TrainConfig,
 )
 from gsae.errors import ConfigError
@@ -39,6 +40,7 @@ __all__ = [
     "ScheduleConfig",
     "ScheduleName",
     "SweepConfig",
+    "TrackerName",
     "TrainConfig",
 ]
 

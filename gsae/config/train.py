@@ -9,6 +9,7 @@ from gsae.config.rules import require
 ObjectiveName = Literal["relu", "gated", "gated-no-aux", "gated-norm-weighted"]
 ScheduleName = Literal["constant", "linear", "cosine", "cosine-restarts"]
 ProductsName = Literal["float32", "bfloat16"]
+TrackerName = Literal["tensorboard", "wandb"]
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,8 @@ class TrainConfig:
     """Seed of the order of the data."""
     log_every_steps: int = 50
     """Steps between two lines of metrics.jsonl."""
+    trackers: list[TrackerName] = field(default_factory=list)
+    """Where these lines go besides: `tensorboard` writes event files in each run's directory, `wandb` makes a run of the project gsae."""
     checkpoint_every_fraction: float = 0.1
     """Share of the run between two checkpoints."""
     keep_checkpoints: int = 2
@@ -227,6 +230,8 @@ class TrainConfig:
         for name, rate in rates.items():
             require(0 < rate < inf, f"train.{name} is {rate}; give a positive number")
         require(all(0 <= beta < 1 for beta in self.adam_betas), f"train.adam_betas is {self.adam_betas}; give two numbers in [0, 1)")
+        names = self.trackers
+        require(len(set(names)) == len(names), f"train.trackers is {names}; name each once")
         for site, targets in self.target_l0.items():
             require(
                 len(targets) > 0 and all(1 <= target < inf for target in targets),

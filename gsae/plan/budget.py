@@ -14,7 +14,7 @@ from gsae.plan.llm import LLMNeeds, Shape, llm_needs, read_shape
 from gsae.plan.machine import Machine, this_machine
 from gsae.plan.rate import measure_tokens_per_second
 from gsae.plan.text import TrainingText, read_text
-from gsae.plan.training import TrainingNeeds, training_needs
+from gsae.plan.training import TrainingNeeds, TrainingRates, training_needs
 from gsae.train.plan import BankSpec, StoreOutline, plan_banks
 
 
@@ -28,6 +28,8 @@ class Assumptions:
     """Of the harvest, over all ranks."""
     rows_per_second: float | None = None
     """Of the stream that a group trains all runs of a site from, as `gsae train` shows it."""
+    link_bytes_per_second: float | None = None
+    """That a rank sends to another of its group."""
     measure: bool = False
     """Whether to measure tokens_per_second here, on one rank, and take all ranks to be as fast."""
 
@@ -77,7 +79,6 @@ class Budget:
     disk: Disk
     llm: LLMNeeds
     train: TrainingNeeds
-    train_hours: float | None
     machine: Machine
     text: TrainingText
     shape: Shape
@@ -95,15 +96,14 @@ def budget(config: Config, assumptions: Assumptions) -> Budget:
     banks = plan_banks(config, StoreOutline(shape.num_layers, shape.d_model, layers, dict.fromkeys(layers, 1.0)))
     text = read_text(config, load_tokenizer(config.llm))
     store = store_size(config, list(layers), shape.d_model, text)
-    train = training_needs(config, banks, store, assumptions.ranks)
-    rate = assumptions.rows_per_second
+    rates = TrainingRates(assumptions.ranks, assumptions.rows_per_second, assumptions.link_bytes_per_second)
+    train = training_needs(config, banks, store, rates)
     return Budget(
         harvest=_harvest_needs(config, text, sites, assumptions, train.visits / store.parts if store.parts > 1 else 1.0),
         store=store,
         disk=_disk(config, banks),
         llm=llm_needs(config, shape, sites[-1].layer, len(sites), assumptions.ranks, _sae_bytes(config, banks)),
         train=train,
-        train_hours=None if rate is None else -(-train.banks // train.groups) * (train.rows_per_run + train.pilot_rows) / rate / 3600,
         machine=this_machine(config),
         text=text,
         shape=shape,

@@ -2,13 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gsae.config import Config
+from gsae.config import Config, TrainConfig
 from gsae.corpus.size import PARTS_AT_ONCE
 from gsae.plan.text import TrainingText
+from gsae.train.chores import checkpoint_interval
 from gsae.train.plan import BankSpec, RunSpec
 
 NUMBER_BYTES = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -18,6 +19,8 @@ SAFETENSORS_TYPES = {"int8": "I8", "bfloat16": "BF16", "float16": "F16", "float3
 TAR_BLOCK, TAR_RECORD = 512, 10_240
 CHECKPOINT_COPIES = 3
 """Weights and Adam's two moments."""
+AVERAGE_COPIES = 2
+"""With a moving average: the SAE made of it, and the average itself."""
 
 
 @dataclass(frozen=True)
@@ -143,10 +146,19 @@ def num_parameters(run: RunSpec) -> int:
     return 2 * run.d_model * run.num_features + biases * run.num_features + run.d_model
 
 
-def checkpoint_bytes(config: Config, banks: Iterable[BankSpec]) -> int:
+def checkpoint_bytes(config: Config, banks: Sequence[BankSpec]) -> int:
     """Bytes of the checkpoints that all runs keep, and of the one more that a bank writes before it deletes the oldest."""
-    sizes = [CHECKPOINT_COPIES * NUMBER_BYTES[config.train.dtype] * sum(map(num_parameters, bank.runs)) for bank in banks]
-    return config.train.keep_checkpoints * sum(sizes) + config.train.groups * max(sizes)
+    copies = CHECKPOINT_COPIES + (0 if config.train.ema_decay is None else AVERAGE_COPIES)
+    sizes = [copies * NUMBER_BYTES[config.train.dtype] * sum(map(num_parameters, bank.runs)) for bank in banks]
+    return _kept_checkpoints(config.train, banks[0].total_steps) * sum(sizes) + config.train.groups * max(sizes)
+
+
+def _kept_checkpoints(train: TrainConfig, total_steps: int) -> int:
+    """How many checkpoints a run has at its end."""
+    interval = checkpoint_interval(total_steps, train)
+    steps = [*range(interval, total_steps, interval), total_steps]
+    for_good = [step for step in steps[: -train.keep_checkpoints] if train.keep_every and step % (train.keep_every * interval) == 0]
+    return min(len(steps), train.keep_checkpoints) + len(for_good)
 
 
 def free_bytes(directory: Path) -> int:

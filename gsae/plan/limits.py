@@ -29,6 +29,12 @@ def _ranks(config: Config, found: Budget) -> Iterator[str]:
         yield f"{ranks} ranks do not divide corpus.num_lanes ({lanes}), so the harvest is refused; give --ranks that do, or set num_lanes"
     if ranks % groups:
         yield f"train.groups ({groups}) does not divide {ranks} ranks, so training is refused; set it to a divisor"
+    queue = found.train.queue
+    if queue.idle_groups:
+        first, last = queue.idle_groups[0], queue.idle_groups[-1]
+        idle = f"group {first} gets" if first == last else f"groups {first} to {last} get"
+        cure = f"set train.groups {queue.sooner.groups}" if queue.sooner else "start fewer ranks, or train more sites"
+        yield f"train.groups ({groups}) is more than the sites ({found.train.sites}), so {idle} none; {cure}"
 
 
 def _disk(config: Config, found: Budget) -> Iterator[str]:
@@ -112,24 +118,31 @@ def _sharding_cures(config: Config, found: Budget, free: int) -> Iterator[str]:
 def _train(config: Config, found: Budget) -> Iterator[str]:
     train, machine = found.train, found.machine
     free = machine.free_bytes_per_rank(found.llm.ranks)
-    needed = train.state_bytes_per_rank + train.features_bytes_per_rank
+    fewer = "ask for fewer runs a site, or smaller expansions, in train.sweeps"
+    windows, snapshot = f"lower train.window_rows ({config.train.window_rows})", train.snapshot_bytes_per_rank
+    on_device = {"lower train.micro_batch_rows": train.features_bytes_per_rank, fewer: train.state_bytes_per_rank}
     if machine.gpu_free_bytes:
-        in_host = train.window_bytes_per_rank * machine.ranks_here(found.llm.ranks)
-        if in_host > machine.host_free_bytes:
+        here = machine.ranks_here(found.llm.ranks)
+        first_ranks = -(-here // train.ranks_per_group)
+        in_host = {windows: here * train.window_bytes_per_rank, fewer: first_ranks * train.snapshot_bytes_per_group}
+        needed = sum(in_host.values())
+        if needed > machine.host_free_bytes:
             yield (
-                f"the windows of training will not fit: {gib(in_host)} on this host, {gib(machine.host_free_bytes)} are free; "
-                f"lower train.window_rows ({config.train.window_rows})"
+                f"the windows and checkpoints of training will not fit: {gib(needed)} on this host, {gib(machine.host_free_bytes)} are "
+                f"free; {_largest_first(in_host)}"
             )
     else:
-        needed = train.bytes_per_rank
+        on_device[fewer] += snapshot
+        on_device[windows] = train.window_bytes_per_rank
+    needed = sum(on_device.values())
     if needed > free:
-        largest = {
-            "lower train.micro_batch_rows": train.features_bytes_per_rank,
-            "ask for fewer runs a site, or smaller expansions, in train.sweeps": train.state_bytes_per_rank,
-            "lower train.window_rows": 0 if machine.gpu_free_bytes else train.window_bytes_per_rank,
-        }
-        cures = ", or ".join(sorted((cure for cure in largest if largest[cure] > needed // 10), key=lambda cure: -largest[cure]))
-        yield f"training will not fit: {gib(needed)} a rank, {gib(free)} are free {_place(found)}; {cures}"
+        yield f"training will not fit: {gib(needed)} a rank, {gib(free)} are free {_place(found)}; {_largest_first(on_device)}"
+
+
+def _largest_first(cures: dict[str, int]) -> str:
+    """The cures for what takes a tenth of all or more, by the bytes that each is for."""
+    large = [cure for cure in cures if cures[cure] > sum(cures.values()) // 10]
+    return ", or ".join(sorted(large, key=lambda cure: -cures[cure]))
 
 
 def _evaluation(config: Config, found: Budget) -> Iterator[str]:

@@ -8,6 +8,10 @@ from typing import Any
 from gsae.plan.budget import Budget
 from gsae.plan.units import counted, gib, hours
 
+SHOWN_GROUPS = 8
+"""Groups that have a line each."""
+SHOWN_TURNS = 6
+"""Sites that a line names."""
 Line = tuple[str, str]
 """What a line is about, and what it says."""
 
@@ -27,7 +31,7 @@ def as_json(found: Budget, warnings: list[str]) -> str:
     figures: dict[str, Any] = {name: asdict(getattr(found, name)) for name in ("harvest", "store", "disk", "llm", "train", "machine")}
     figures["store"]["bytes_missing"] = found.store.bytes_missing
     figures["llm"]["harvest_bytes_per_rank"] = found.llm.harvest_bytes_per_rank
-    figures["train"]["hours"] = found.train_hours
+    figures["train"]["hours"] = found.train.hours
     return json.dumps({**figures, "warnings": warnings}, indent=1)
 
 
@@ -83,16 +87,52 @@ def _train(found: Budget) -> Iterator[Line]:
     train = found.train
     rows = f"{counted(train.runs, 'run')} of {train.steps_per_run:,} steps of {train.batch_rows} rows = {train.rows_per_run:,} rows"
     yield "runs", f"{rows}, {train.passes:.2f} passes over the store"
+    if train.warm_runs:
+        yield "warm start", f"{train.warm_runs:,} of them begin from the weights of another and take {train.steps_per_warm_run:,} steps"
     if train.pilots:
         share = train.pilot_rows / train.rows_per_run
         yield (
             "pilots",
             f"at least {counted(train.pilots, 'short run')} for train.target_l0: {share:.0%} of a site's time for its runs",
         )
-    features, windows = gib(train.features_bytes_per_rank), gib(train.window_bytes_per_rank)
-    parts = f"{gib(train.state_bytes_per_rank)} of weights and optimizer, {features} of features, {windows} of windows"
-    yield "memory", f"about {gib(train.bytes_per_rank)} a rank, for the largest bank on {counted(train.ranks_per_group, 'rank')}: {parts}"
-    if found.train_hours is None:
+    parts = f"{gib(train.state_bytes_per_rank)} of weights and optimizer, {gib(train.features_bytes_per_rank)} of features"
+    group = f"the largest site on {counted(train.ranks_per_group, 'rank')}"
+    yield "memory", f"about {gib(train.device_bytes_per_rank)} a rank where it computes, for {group}: {parts}"
+    snapshot = f"{gib(train.snapshot_bytes_per_group)} on a group's first rank for the checkpoint that is being written"
+    yield "host memory", f"about {gib(train.window_bytes_per_rank)} a rank for windows, and {snapshot}"
+    yield "network", _network(found)
+    yield from _groups(found)
+    if train.hours is None:
         yield "time", "give --rows-per-second, as gsae train shows it for the runs of a site"
     else:
-        yield "time", f"{hours(found.train_hours)} for {counted(train.banks, 'site')} on {counted(train.groups, 'group')}"
+        yield "time", f"{hours(train.hours)} for {counted(train.sites, 'site')} on {counted(train.groups, 'group')}"
+
+
+def _network(found: Budget) -> str:
+    told, ranks = found.train.communication, found.train.ranks_per_group
+    if ranks == 1:
+        return "nothing: a rank alone in its group has nobody to talk to"
+    tensors = f"{gib(told.gradient_bytes_per_step)} of gradients and {gib(round(told.chore_bytes_per_step))} of chores a step"
+    sent, seconds = told.sent_bytes_per_step, told.seconds_per_step
+    time = "" if seconds is None else f", in {1000 * seconds:,.1f} ms at {sent / seconds / 1e9:g} GB/s"
+    return f"{tensors} over {ranks} ranks: each sends {gib(round(sent))}{time}"
+
+
+def _groups(found: Budget) -> Iterator[Line]:
+    """Who trains what, in a line each for the first groups, and what would end sooner."""
+    train, queue = found.train, found.train.queue
+    for group in range(min(train.groups, SHOWN_GROUPS, train.sites)):
+        turns = [turn for turn in queue.turns if turn.group == group]
+        sites = [turn.site if turn.end_hours is None else f"{turn.site} until {hours(turn.end_hours)}" for turn in turns]
+        if len(sites) > SHOWN_TURNS:
+            sites[SHOWN_TURNS // 2 : -SHOWN_TURNS // 2] = [f"{len(sites) - SHOWN_TURNS} others"]
+        yield f"group {group}", ", then ".join(sites)
+    left = [turn.site for turn in queue.turns if turn.group >= SHOWN_GROUPS]
+    if left:
+        yield "", f"{counted(len(left), 'site')} on groups {SHOWN_GROUPS} to {max(turn.group for turn in queue.turns)}"
+    if queue.sooner is not None and not queue.idle_groups:
+        share = f"{queue.sooner.time_fraction:.0%} of the time"
+        assumed = "a group's speed goes with its ranks" + (
+            "" if train.communication.seconds_per_step is not None else ", the network is free"
+        )
+        yield "advice", f"train.groups {queue.sooner.groups} would take {share}, if {assumed}"

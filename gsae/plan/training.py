@@ -1,29 +1,42 @@
-"""What training needs. In: the banks that a config asks for. Out: runs, passes over the store, bytes a rank."""
+"""What training needs. In: the banks that a config asks for. Out: runs, passes over the store, bytes a rank, communication, turns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gsae.config import Config
-from gsae.plan.disk import NUMBER_BYTES, StoreSize, num_parameters, row_bytes
-from gsae.plan.pilots import pilot_needs
-from gsae.train.plan import BankSpec
+from gsae.plan.communication import Communication, communication
+from gsae.plan.disk import StoreSize, num_parameters, row_bytes
+from gsae.plan.memory import snapshot_bytes, state_bytes, step_bytes
+from gsae.plan.pilots import PilotNeeds, pilot_needs
+from gsae.plan.queue import Queue, plan_queue
+from gsae.train.plan import BankSpec, by_site
 
-FEATURE_TENSORS = 7
-"""Tensors of rows x features that a dense gated step holds at once."""
-STATE_COPIES = 5
-"""Weights, gradient, the buffer in which DDP sums it, and Adam's two moments."""
 WINDOWS = 2
 """Of a stream: the one that is handed out, and the one that loads meanwhile."""
+
+
+@dataclass(frozen=True)
+class TrainingRates:
+    """What is assumed of the machines."""
+
+    ranks: int
+    rows_per_second: float | None
+    """Of the stream that a group trains all runs of the largest site from; smaller sites are taken to be faster by their parameters."""
+    link_bytes_per_second: float | None
+    """That a rank sends to another while it receives as much. With it, communication is added to the time."""
 
 
 @dataclass(frozen=True)
 class TrainingNeeds:
     """What training takes."""
 
-    banks: int
-    """One a site."""
+    sites: int
     runs: int
     steps_per_run: int
+    """Of those that start from random weights."""
+    warm_runs: int
+    """Runs that start from the weights of another."""
+    steps_per_warm_run: int
     batch_rows: int
     rows_per_run: int
     pilots: int
@@ -36,36 +49,52 @@ class TrainingNeeds:
     """Parts that a run reads one after another; 1 where the corpus is not cut into parts."""
     groups: int
     ranks_per_group: int
-    bytes_per_rank: int
-    """For the largest bank: its state, features and windows."""
+    device_bytes_per_rank: int
+    """For the largest bank, the runs that train together: its state and features, where it computes."""
     state_bytes_per_rank: int
-    """Weights, gradients, DDP's buffers and optimizer state of a bank's runs."""
+    """Weights, gradients, DDP's buffers, optimizer state and average of a bank's runs."""
     features_bytes_per_rank: int
     """One run's rows x features, in the dense step that training begins with."""
     window_bytes_per_rank: int
     """Rows that are shuffled, in the host's memory."""
+    snapshot_bytes_per_group: int
+    """A checkpoint of a bank's runs on its way to the disk, in the host's memory of the group's first rank."""
+    communication: Communication
+    """Of the largest bank."""
+    queue: Queue
+
+    @property
+    def hours(self) -> float | None:
+        """Until the last group is through; None without a rate."""
+        return self.queue.hours
+
+    @property
+    def snapshot_bytes_per_rank(self) -> int:
+        """On average."""
+        return self.snapshot_bytes_per_group // self.ranks_per_group
 
 
-def training_needs(config: Config, banks: Sequence[BankSpec], store: StoreSize, ranks: int) -> TrainingNeeds:
-    """What training needs, on so many ranks."""
-    train, number = config.train, NUMBER_BYTES[config.train.dtype]
-    ranks_a_group = max(1, ranks // train.groups)
+def training_needs(config: Config, banks: Sequence[BankSpec], store: StoreSize, rates: TrainingRates) -> TrainingNeeds:
+    """What training needs."""
+    train = config.train
+    ranks_a_group = max(1, rates.ranks // train.groups)
     pilots = [pilot_needs(config, bank) for bank in banks]
-    largest = max(max(sum(map(num_parameters, bank.runs)), before.parameters) for bank, before in zip(banks, pilots, strict=True))
-    state = STATE_COPIES * number * largest
+    parameters = [max(_num_parameters(bank), before.parameters) for bank, before in zip(banks, pilots, strict=True)]
+    largest = max(banks, key=_num_parameters)
+    state = state_bytes(train, max(parameters))
     rows = -(-train.batch_rows // ranks_a_group)
-    widest = max(run.num_features for bank in banks for run in bank.runs)
-    features = FEATURE_TENSORS * number * min(rows, train.micro_batch_rows or rows) * widest
+    features = max(step_bytes(train, run, rows) for bank in banks for run in bank.runs)
     used_rows = min(store.rows_per_site, train.max_rows or store.rows_per_site)
     rows_a_part = used_rows // store.parts
-    d_model = banks[0].runs[0].d_model
-    window = min(train.window_rows, rows_a_part) * row_bytes(d_model, store.storage_dtype) // ranks_a_group
-    total_rows = banks[0].total_rows
+    window = min(train.window_rows, rows_a_part) * row_bytes(largest.runs[0].d_model, store.storage_dtype) // ranks_a_group
+    total_rows, warm = banks[0].total_rows, [bank for bank in banks if bank.is_warm]
     rows_a_visit = max(train.batch_rows, rows_a_part - rows_a_part % train.batch_rows)
     return TrainingNeeds(
-        banks=len(banks),
+        sites=len(by_site(banks)),
         runs=sum(len(bank.runs) for bank in banks),
         steps_per_run=banks[0].total_steps,
+        warm_runs=sum(len(bank.runs) for bank in warm),
+        steps_per_warm_run=warm[0].total_steps if warm else 0,
         batch_rows=train.batch_rows,
         rows_per_run=total_rows,
         pilots=sum(before.runs for before in pilots),
@@ -74,8 +103,38 @@ def training_needs(config: Config, banks: Sequence[BankSpec], store: StoreSize, 
         visits=1 if store.parts == 1 else -(-total_rows // rows_a_visit),
         groups=train.groups,
         ranks_per_group=ranks_a_group,
-        bytes_per_rank=state + features + WINDOWS * window,
+        device_bytes_per_rank=state + features,
         state_bytes_per_rank=state,
         features_bytes_per_rank=features,
         window_bytes_per_rank=WINDOWS * window,
+        snapshot_bytes_per_group=max(snapshot_bytes(train, bank.runs, size) for bank, size in zip(banks, parameters, strict=True)),
+        communication=communication(config, largest, ranks_a_group, rates.link_bytes_per_second),
+        queue=_queue(config, banks, pilots, rates),
     )
+
+
+def _queue(config: Config, banks: Sequence[BankSpec], pilots: Sequence[PilotNeeds], rates: TrainingRates) -> Queue:
+    """A group of another size is taken to compute at a rate that goes with its ranks, and to communicate as its size asks."""
+    ranks_given = max(1, rates.ranks // config.train.groups)
+    largest = max(map(_num_parameters, banks))
+    rate, sites = rates.rows_per_second, by_site(banks)
+    pilot_rows = {bank: before.rows for bank, before in zip(banks, pilots, strict=True)}
+
+    def hours_of(bank: BankSpec, ranks: int) -> float:
+        row_seconds = _num_parameters(bank) / largest * ranks_given / ranks / (rate or 1.0)
+        told = communication(config, bank, ranks, rates.link_bytes_per_second).seconds_per_step
+        row_seconds += 0.0 if told is None or rate is None else told / bank.batch_rows
+        return (bank.total_rows + pilot_rows[bank]) * row_seconds / 3600
+
+    return plan_queue(
+        [of_site[0].site for of_site in sites],
+        lambda place, ranks: sum(hours_of(bank, ranks) for bank in sites[place]),
+        ranks=rates.ranks,
+        groups=config.train.groups,
+        num_lanes=config.corpus.num_lanes,
+        in_hours=rate is not None,
+    )
+
+
+def _num_parameters(bank: BankSpec) -> int:
+    return sum(map(num_parameters, bank.runs))

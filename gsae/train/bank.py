@@ -26,6 +26,7 @@ from gsae.train.plan import BankSpec, RunSpec
 from gsae.train.schedule import lambda_multiplier, learning_rate_multiplier, recovery_multiplier
 from gsae.train.step import TrainingModule, update
 from gsae.world import Group, on_sum
+from gsae.world.tracking import Tracking
 
 
 @dataclass
@@ -104,6 +105,8 @@ class Bank:
     step: int = 0
     stopping: bool = False
     """Whether all ranks agreed to stop here."""
+    tracking: Tracking = field(default_factory=Tracking)
+    """Who gets the lines of the runs' metrics besides the files; on the group's first rank."""
     clock: Clock = field(init=False)
     """What this rank's time goes for."""
     feed: Feed | None = None

@@ -38,11 +38,12 @@ def is_checkpoint_due(bank: Bank) -> bool:
 
 
 def write_metrics(bank: Bank, run: Run, kind: str, values: dict[str, Any]) -> None:
-    """Append a line to the run's metrics.jsonl, on the group's first rank."""
+    """Append a line to the run's metrics.jsonl, and tell the trackers, on the group's first rank."""
     if bank.group.is_first:
         line = {"kind": kind, "step": bank.step, "rows": bank.rows, **values}
         with (run.directory / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
+        bank.tracking.log(run.spec.name, line)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ FREE_SETTINGS = (
     *("sweeps", "sites", "learning_rate", "learning_rates", "target_l0", "warm_start_fraction"),
     # These do not change the weights.
     *("groups", "log_every_steps", "checkpoint_every_fraction", "keep_checkpoints", "keep_every", "verify_shards", "read_threads"),
+    "trackers",
 )
 """Fields of TrainConfig that a resumed run need not share."""
 NEWER_SETTINGS = {"max_rows": None, "products": "float32", "ema_decay": None}
@@ -59,6 +60,11 @@ class BankSpec:
     total_steps: int
     is_pilot: bool = False
     """Whether these are short runs that look for lambda."""
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether the runs start from the weights of others."""
+        return self.runs[0].starts_from is not None
 
     @property
     def total_rows(self) -> int:

@@ -28,7 +28,9 @@ from gsae.train.pilot import find_lambdas, require_same_pilots
 from gsae.train.plan import BankSpec, by_site, outline, plan_banks
 from gsae.train.saving import Background, Saver
 from gsae.train.stop import StopOnRequest, StopRequest
+from gsae.train.trackers import tracked
 from gsae.world import Group, World, lanes_of
+from gsae.world.tracking import require_trackers
 
 
 def run_train(config: Config, world: World) -> None:
@@ -36,7 +38,7 @@ def run_train(config: Config, world: World) -> None:
 
     Raises:
         StoreError: the store is missing, not whole, or of another number of lanes.
-        ConfigError: sites, ranks or batch do not fit together, or the output directory cannot be written.
+        ConfigError: sites, ranks or batch do not fit together, the output directory cannot be written, or a tracker is not there.
         CheckpointError: a run directory holds a run of other settings, or a damaged checkpoint.
         GsaeError: a rank failed, or got no further for stall_timeout_seconds.
     """
@@ -49,6 +51,7 @@ def run_train(config: Config, world: World) -> None:
     ):
         with beats.busy():
             with world.everyone.together():
+                require_trackers(config.train.trackers if world.group.is_first else ())
                 store = store_of(config)
                 manifest = manifests.load(store)
                 _check_store(config, manifest)
@@ -163,9 +166,9 @@ def _train_bank(
             runs = [make_run(run, directories[run.name], config.train, mean, group) for run in spec.runs if run.name in point.sources]
             _resume(runs, point, group)
     variance = 1.0 if config.train.scale_activations else site.scale**-2
-    names = [run.spec.name for run in runs]
-    with console.training(spec.site, names, spec.total_rows, group.is_first, world.num_groups) as view:
-        bank = Bank(spec, config.train, group, stretch, runs, variance, point.step)
+    bank = Bank(spec, config.train, group, stretch, runs, variance, point.step)
+    shown = console.training(spec.site, [run.spec.name for run in runs], spec.total_rows, group.is_first, world.num_groups)
+    with tracked(bank, console, beats), shown as view:
         if point.step:
             view.say(f"continues at step {point.step} of {spec.total_steps}")
         every = config.train.keep_every

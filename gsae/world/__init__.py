@@ -18,6 +18,7 @@ from accelerate import PartialState
 from gsae.errors import ConfigError, RankMismatchError
 from gsae.world.board import Board
 from gsae.world.group import Group, lanes_of, on_sum, without_sum
+from gsae.world.network import CHOICE, choose_interface
 from gsae.world.zero3 import Zero3
 
 __all__ = ["Board", "Group", "World", "Zero3", "cut_into_groups", "lanes_of", "on_sum", "start", "without_sum"]
@@ -77,7 +78,7 @@ def start(device: str = "auto", num_groups: int = 1, timeout_seconds: float = 18
         timeout_seconds: how long a collective waits for a missing rank.
 
     Raises:
-        RankMismatchError: accelerate sees another number of ranks than the launcher announced.
+        RankMismatchError: accelerate sees another number of ranks than the launcher announced, or they do not reach each other.
         ConfigError: the ranks cannot be cut into so many groups, or the device is not there.
     """
     launched_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -90,7 +91,7 @@ def start(device: str = "auto", num_groups: int = 1, timeout_seconds: float = 18
             torch.cuda.set_device(chosen)
         if not dist.is_initialized():
             if "RANK" in os.environ:
-                dist.init_process_group(backend, timeout=timeout)
+                _join(backend, timeout)
             else:
                 alone = f"file://{scratch}/rendezvous"
                 dist.init_process_group(backend, init_method=alone, rank=0, world_size=1, timeout=timeout)
@@ -104,6 +105,20 @@ def start(device: str = "auto", num_groups: int = 1, timeout_seconds: float = 18
             yield cut_into_groups(chosen, num_groups, timeout)
         finally:
             dist.destroy_process_group()
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Meet the launcher's other ranks."""
+    choose_interface()
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except RuntimeError as error:
+        if "gloo" not in str(error).lower():
+            raise
+        raise RankMismatchError(
+            f"the ranks do not reach each other ({str(error).splitlines()[0]}); on each host set {CHOICE} to the interface of the network "
+            f"between the hosts (here it is {os.environ.get(CHOICE, 'not set')}), and see that no firewall closes its ports"
+        ) from error
 
 
 def cut_into_groups(device: torch.device, num_groups: int, timeout: timedelta = timedelta(minutes=30)) -> World:
