@@ -4,9 +4,9 @@
     .venv/bin/gsae train configs/study/resampling.yaml
     .venv/bin/python benchmarks/resampling.py runs/study/resampling
 
-Runs with and without resampling are told apart by run.json. For each seed, the runs without at several lambdas give FVU as a function of L0
-(linear in log L0 between neighbours, and beyond the ends by the nearest two); a run with resampling is compared with it at its own L0. FVU
-and L0 are means over the last tenth of training, on training rows; dead shares come with the rows of their definition.
+Runs with and without resampling are told apart by run.json. A run with it is compared with the one without of its seed and lambda, whose
+FVU is moved to the same L0: how FVU goes with log L0 is a least-squares slope over the runs without resampling of a seed that has several
+lambdas. FVU and L0 are means over the last tenth of training, on training rows; dead shares come with the rows of their definition.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class Ended:
     """Share of features at the end."""
     dead_rows: int
     dead_at_events: tuple[float, ...]
-    """Share that each event found dead; without resampling, that at the same steps."""
+    """Share that each event found dead; none without resampling."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,14 @@ class Outcome:
     l0_without: list[float]
     l0_with: list[float]
     fvu_without: list[float]
-    """At the run's own L0."""
+    """At their own L0."""
     fvu_with: list[float]
+    fvu_per_log_l0: float
+    """Change of FVU with the natural logarithm of L0, without resampling."""
     fvu_change_at_matched_l0: list[float]
-    """With minus without."""
-    halves_dead_share: bool
-    """In the median over seeds."""
+    """With minus without, at the L0 of the run with."""
+    dead_ratio: list[float]
+    """With over without."""
 
 
 def main() -> None:
@@ -103,13 +105,13 @@ def _read(run: Path, described: dict[str, Any]) -> Ended:
 
 def _compare(key: tuple[Any, ...], lambda_: float, runs: Sequence[Ended]) -> Outcome:
     resampled = sorted((run for run in runs if run.is_resampled and run.lambda_ == lambda_), key=lambda run: run.seed)
-    plain = {run.seed: [other for other in runs if other.seed == run.seed and not other.is_resampled] for run in resampled}
-    ended = [run.stopped for run in [*resampled, *itertools.chain(*plain.values())] if run.stopped]
+    without = [run for run in runs if not run.is_resampled]
+    ended = [run.stopped for run in [*resampled, *without] if run.stopped]
     if ended:
         raise SystemExit(f"a run of {key} was stopped ({ended[0]}): this is not a setting to compare in")
-    same = [next(other for other in plain[run.seed] if other.lambda_ == lambda_) for run in resampled]
-    without, with_ = [run.dead for run in same], [run.dead for run in resampled]
+    pairs = [(next(run for run in without if (run.lambda_, run.seed) == (lambda_, each.seed)), each) for each in resampled]
     site, objective, learning_rate = key
+    slope = _fvu_per_log_l0(without)
     return Outcome(
         site=site,
         objective=objective,
@@ -118,23 +120,24 @@ def _compare(key: tuple[Any, ...], lambda_: float, runs: Sequence[Ended]) -> Out
         seeds=[run.seed for run in resampled],
         dead_rows=resampled[0].dead_rows,
         dead_at_events=[list(run.dead_at_events) for run in resampled],
-        dead_without=without,
-        dead_with=with_,
-        l0_without=[run.l0 for run in same],
+        dead_without=[plain.dead for plain, _ in pairs],
+        dead_with=[run.dead for run in resampled],
+        l0_without=[plain.l0 for plain, _ in pairs],
         l0_with=[run.l0 for run in resampled],
-        fvu_without=[run.fvu for run in same],
+        fvu_without=[plain.fvu for plain, _ in pairs],
         fvu_with=[run.fvu for run in resampled],
-        fvu_change_at_matched_l0=[run.fvu - _at_l0(run.l0, plain[run.seed]) for run in resampled],
-        halves_dead_share=statistics.median(with_) <= statistics.median(without) / 2,
+        fvu_per_log_l0=slope,
+        fvu_change_at_matched_l0=[run.fvu - plain.fvu - slope * math.log(run.l0 / plain.l0) for plain, run in pairs],
+        dead_ratio=[run.dead / plain.dead for plain, run in pairs],
     )
 
 
-def _at_l0(l0: float, runs: Sequence[Ended]) -> float:
-    """FVU that these runs would have at another L0."""
-    curve = sorted((math.log(run.l0), run.fvu) for run in runs)
-    upper = min(max(sum(x < math.log(l0) for x, _ in curve), 1), len(curve) - 1)
-    (x0, y0), (x1, y1) = curve[upper - 1], curve[upper]
-    return y0 + (y1 - y0) * (math.log(l0) - x0) / (x1 - x0)
+def _fvu_per_log_l0(runs: Sequence[Ended]) -> float:
+    by_seed = [[run for run in runs if run.seed == seed] for seed in {run.seed for run in runs}]
+    points = [(math.log(run.l0), run.fvu) for run in max(by_seed, key=len)]
+    if len(points) < 2:
+        raise SystemExit("no seed has runs without resampling at two lambdas, so FVU is not known at other L0s")
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -175,10 +175,18 @@ class TrainingView:
         state: str,
     ) -> None:
         """New numbers of one run. The view decides when it shows them: a new state at once, numbers at its pace."""
-        is_new_state = self._statuses[run_name].state != state
-        self._statuses[run_name] = RunStatus(
-            rows, rows_per_second, reconstruction, sparsity, auxiliary, l0, fvu, dead_fraction, eta_seconds, state
+        self._take(
+            run_name,
+            RunStatus(rows, rows_per_second, reconstruction, sparsity, auxiliary, l0, fvu, dead_fraction, eta_seconds, state),
         )
+
+    def set_state(self, run_name: str, state: str) -> None:
+        """A new state of one run beside its last numbers; shown at once."""
+        self._take(run_name, replace(self._statuses[run_name], state=state))
+
+    def _take(self, run_name: str, status: RunStatus) -> None:
+        is_new_state = self._statuses[run_name].state != status.state
+        self._statuses[run_name] = status
         if self._live is not None:
             if self._frames.is_due() or is_new_state:
                 self._live.update(self._table(self._live.console.width), refresh=True)

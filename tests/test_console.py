@@ -113,6 +113,15 @@ def test_a_run_gets_a_line_at_first_at_a_new_state_and_at_the_end(capsys):
     ]
 
 
+def test_a_new_state_is_shown_at_once_beside_the_last_numbers(capsys):
+    console = open_console(is_first_rank=True)
+    with console.training("resid.15", ["a"], 100) as view:
+        view.update("a", 10, **NUMBERS, state="running")
+        view.set_state("a", "stopped")
+        shown = capsys.readouterr().out.splitlines()
+    assert [re.search(r"rows (\d+) .* state (\w+)$", line).groups() for line in shown] == [("10", "running"), ("10", "stopped")]
+
+
 SHARES = "waiting 20%, copying 20%, computing 20%, communicating 20%, chores 20%"
 
 

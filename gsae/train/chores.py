@@ -160,6 +160,7 @@ class Log:
         run.stopped = reason
         write_metrics(bank, run, "stopped", {"reason": reason, **asdict(dead)})
         self._saver.save(bank, [run])
+        self._view.set_state(run.spec.name, "stopped")
         self._view.say(f"{run.spec.name} stopped at step {bank.step}: {reason}")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -135,6 +136,7 @@ def test_a_run_that_diverges_stops_alone_and_lists_its_rows(harvested, tmp_path)
                 f"but all rows of its batch ({rows}) are: the run diverged; lower its learning rate or its lambda"
             )
             assert f"resid.1: {diverged.name} stopped at step 10: {end['reason']}" in shown
+            assert re.search(rf"resid.1 {re.escape(diverged.name)}: rows .* state stopped", shown)
             (warning,) = [line.partition("warning: ")[2] for line in shown.splitlines() if "warning: " in line]
             assert warning == f"1 of 2 runs was stopped before its end, for the reason in metrics.jsonl: resid.1/{diverged.name}"
             assert all(row["is_finite"] for row in listed(diverged / rows))
