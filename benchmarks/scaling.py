@@ -275,8 +275,8 @@ def _count_reads(config: Config, group: Group, options: argparse.Namespace) -> d
     count = 4 * options.window_rows // options.batch_rows
 
     def read(run: int | None) -> int:
+        before = read_bytes()  # of the first windows too, which are under way once the gates are open
         with fed(bank_of_store(config, group, run), options) as bank:
-            before = read_bytes()
             take_steps(bank, count)
             after, quiet_looks = read_bytes(), 0
             while quiet_looks < QUIET_LOOKS:  # windows are read ahead
