@@ -26,6 +26,7 @@ STAGES = {
     "harvest": "run the LLM over the training text and store its activations",
     "train": "train the SAEs of a store's sites",
     "evaluate": "held-out text through the LLM with each SAE spliced in",
+    "compare": "the differences of two evaluated runs, with paired 95 % intervals, and how many directions they share",
     "report": "one page, table and plots of finished runs",
     "plan": "text, disk, memory and hours that a config will need, and what will not fit, before anything runs",
     "verify": "check a store or a run directory byte for byte; --repair takes out of a store what is broken",
@@ -77,6 +78,8 @@ def _dispatch(words: list[str]) -> int:
         raise ConfigError(f"there is no command {stage!r}; choose from {', '.join(STAGES)}")
     if stage == "report":
         return _report(rest)
+    if stage == "compare":
+        return _compare(rest)
     if stage == "plan":
         return _plan(rest)
     if stage == "verify":
@@ -184,6 +187,24 @@ def _report(words: list[str]) -> int:
 
     page = run_report([Path(word) for word in words], output)
     sys.stdout.write(f"{page}\n")
+    return 0
+
+
+def _compare(words: list[str]) -> int:
+    parser = _Parser(
+        prog="gsae compare",
+        allow_abbrev=False,
+        description="Differences are the second run's minus the first's, on the same tokens; both were evaluated by gsae evaluate.",
+    )
+    parser.add_argument("first", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("second", type=Path, metavar="RUN", help="run directory, of the same site")
+    parser.add_argument("--json", action="store_true", help="write one JSON object, for machines")
+    given = _parse(parser, words)
+    if given is None:
+        return 0
+    from gsae.evaluate.compare import run_compare
+
+    run_compare(given.first, given.second, as_json=given.json)
     return 0
 
 

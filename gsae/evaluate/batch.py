@@ -1,4 +1,4 @@
-"""One evaluation batch. In: contexts, the LLM, and the SAEs of each site. Out: the batch's sums, document by document.
+"""One evaluation batch. In: contexts, the LLM, and the SAEs of each site. Out: the batch's sums, block by block.
 
 The clean forward is run once and shared by all sites; at each site the ablations and every SAE's splice run only the layers above it.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from gsae.corpus.contexts import Context
@@ -26,12 +26,16 @@ from gsae.evaluate.splice import (
     splice,
     spliced_losses,
 )
+from gsae.evaluate.strata import StratumSums, row_strata, run_strata, site_strata
 from gsae.evaluate.sums import Membership, RunSums, SiteSums, find_membership
 from gsae.llm.load import LLM
 from gsae.llm.rows import candidates, special_tokens, within_norm
 from gsae.llm.site import Site, Tail, capture, substitute
 from gsae.sae.objective import SAE
 from gsae.store.encoding import encode
+
+BLOCK_TOKENS = 512
+"""Of a document, the unit in which two runs are compared."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,14 @@ class SplicedSite:
 class BatchSums:
     """What a batch adds to the sums, on the CPU. It does not depend on the rank that made it."""
 
-    documents: Int[Tensor, " documents"]
-    """The documents of the batch; the rows of every sum below."""
+    blocks: Int[Tensor, " blocks"]
+    """The blocks of the batch; the rows of every sum below."""
     sites: Mapping[str, SiteSums]
     """By name of the site."""
     runs: Mapping[str, RunSums]
     """By name of the run."""
+    strata: Mapping[str, StratumSums]
+    """By name of the site or run."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +126,32 @@ def cut_batches(contexts: Sequence[Context], batch_contexts: int) -> list[Evalua
     """The contexts in order, `batch_contexts` at a time, with their documents numbered 0, 1, 2, ... in corpus order."""
     documents = np.stack([context.documents for context in contexts])
     numbered = np.where(documents < 0, -1, np.searchsorted(np.unique(documents[documents >= 0]), documents))
-    arrays = (np.stack([context.tokens for context in contexts]), np.stack([context.positions for context in contexts]), numbered)
+    tokens, positions = np.stack([context.tokens for context in contexts]), np.stack([context.positions for context in contexts])
+    arrays = (tokens, positions, numbered, _cut_blocks(numbered))
     whole = [torch.from_numpy(array.astype(np.int64)) for array in arrays]
     cuts = [slice(start, start + batch_contexts) for start in range(0, len(contexts), batch_contexts)]
     return [EvaluationBatch(*(array[cut] for array in whole)) for cut in cuts]
+
+
+def _cut_blocks(documents: Int64[np.ndarray, "contexts length"]) -> Int64[np.ndarray, "contexts length"]:
+    """The index of each token's block, -1 on padding: every document's tokens, in the order of the contexts, 512 at a time."""
+    flat = documents.ravel()
+    order = np.argsort(flat, kind="stable")
+    in_order = flat[order]
+    numbers = np.arange(len(flat)) - np.searchsorted(in_order, in_order)  # of the token within its document
+    is_first = (np.diff(in_order, prepend=-1) != 0) | (numbers % BLOCK_TOKENS == 0)
+    blocks = np.empty_like(flat)
+    blocks[order] = np.where(in_order < 0, -1, np.cumsum(is_first & (in_order >= 0)) - 1)
+    return blocks.reshape(documents.shape)
+
+
+def documents_of_blocks(batches: Sequence[EvaluationBatch]) -> Int[Tensor, " blocks"]:
+    """The document of every block of an evaluation."""
+    found = torch.empty(1 + max(int(batch.blocks.max()) for batch in batches), dtype=torch.int64)
+    for batch in batches:
+        is_text = batch.blocks >= 0
+        found[batch.blocks[is_text]] = batch.documents[is_text]
+    return found
 
 
 def evaluate_batch(llm: LLM, sites: Sequence[SplicedSite], batch: EvaluationBatch, check: bool) -> BatchResult:
@@ -143,6 +171,7 @@ def evaluate_batch(llm: LLM, sites: Sequence[SplicedSite], batch: EvaluationBatc
     clean = _clean_forward(llm, sites[-1], x[sites[-1].site.name], batch)
     site_sums: dict[str, SiteSums] = {}
     run_sums: dict[str, RunSums] = {}
+    strata: dict[str, StratumSums] = {}
     firing: dict[str, FiringCounts] = {}
     checks: dict[str, SpliceChecks] = {}
     if check:
@@ -152,13 +181,17 @@ def evaluate_batch(llm: LLM, sites: Sequence[SplicedSite], batch: EvaluationBatc
         site_values = _site_values(each, rows, clean)
         if check:
             checks[each.site.name] = _check(each, rows, site_values, clean)
-        site_sums[each.site.name] = site_values.by_document(clean.membership.matrix)
+        site_sums[each.site.name] = site_values.by_block(clean.membership.matrix)
+        in_strata = row_strata(batch.positions.flatten(), rows.x.flatten(0, 1), each.max_norm)
+        strata[each.site.name] = site_strata(in_strata, site_values)
         for run in each.runs:
             reconstruction = reconstruct(run.sae, rows.x.flatten(0, 1), run.scale, rows.kept.flatten())
-            run_sums[run.name] = _run_values(each, reconstruction, rows, clean).by_document(clean.membership.matrix)
+            run_values = _run_values(each, reconstruction, rows, clean)
+            run_sums[run.name] = run_values.by_block(clean.membership.matrix)
+            strata[run.name] = run_strata(in_strata, run_values)
             l0_histogram = count_l0(reconstruction.l0, rows.kept.flatten(), run.sae.num_features)
-            firing[run.name] = FiringCounts(reconstruction.firing_counts, l0_histogram)
-    return BatchResult(BatchSums(clean.membership.documents, site_sums, run_sums), firing, checks)
+            firing[run.name] = FiringCounts(reconstruction.firing_counts, l0_histogram, reconstruction.gates)
+    return BatchResult(BatchSums(clean.membership.blocks, site_sums, run_sums, strata), firing, checks)
 
 
 def _clean_forward(llm: LLM, last: SplicedSite, x: Float[Tensor, "contexts length d_model"], batch: EvaluationBatch) -> _Clean:
@@ -166,7 +199,7 @@ def _clean_forward(llm: LLM, last: SplicedSite, x: Float[Tensor, "contexts lengt
     targets = find_targets(batch)
     logits = last.tail.logits(x, batch.positions)
     may_be_kept = candidates(batch.tokens, batch.positions, batch.documents, special_tokens(llm.tokenizer)).rows
-    return _Clean(batch, targets, find_membership(batch.documents), may_be_kept, logits, cross_entropy(logits, targets))
+    return _Clean(batch, targets, find_membership(batch.blocks), may_be_kept, logits, cross_entropy(logits, targets))
 
 
 def _mask(each: SplicedSite, x: Float[Tensor, "contexts length d_model"], clean: _Clean) -> _SiteRows:

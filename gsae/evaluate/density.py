@@ -24,15 +24,17 @@ class FiringCounts:
     """Rows on which each feature is on."""
     l0_histogram: Int[Tensor, " l0"]
     """Rows on which exactly 0, 1, 2, ..., num_features features are on."""
+    gates: Int[Tensor, "3"]
+    """(row, feature) pairs of a gated SAE with the gate open, with a positive magnitude, and with both; 0 without gates."""
 
     @classmethod
     def none(cls, num_features: int, device: torch.device) -> "FiringCounts":
         """The counts over no rows."""
         counts = torch.zeros(num_features + 1, dtype=torch.int64, device=device)
-        return cls(counts[1:].clone(), counts)
+        return cls(counts[1:].clone(), counts, counts.new_zeros(3))
 
     def __add__(self, other: "FiringCounts") -> "FiringCounts":
-        return FiringCounts(self.features + other.features, self.l0_histogram + other.l0_histogram)
+        return FiringCounts(self.features + other.features, self.l0_histogram + other.l0_histogram, self.gates + other.gates)
 
 
 @dataclass(frozen=True)

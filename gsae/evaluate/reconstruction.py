@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gsae.evaluate.sums import RunSums, SiteSums, Values
+from gsae.sae.gated import GatedSAE
 from gsae.sae.objective import SAE
 
 SLICE_ROWS = 2048
@@ -27,6 +28,8 @@ class Reconstruction:
     """Features on."""
     firing_counts: Int[Tensor, " features"]
     """Kept rows on which each feature is on."""
+    gates: Int[Tensor, "3"]
+    """Of kept rows, (row, feature) pairs with the gate open, with a positive magnitude, and with both; 0 without gates."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,22 @@ def reconstruct(sae: SAE, x: Float[Tensor, "rows d_model"], scale: float, kept: 
     """The rows through the SAE, whether kept or not: f = encode(scale x), x_hat = decode(f) / scale."""
     x_hat, l0 = [], []
     firing_counts = torch.zeros(sae.num_features, dtype=torch.int64, device=x.device)
+    gates = firing_counts.new_zeros(3)
     for start in range(0, len(x), SLICE_ROWS):
         rows = slice(start, start + SLICE_ROWS)
-        f = sae.encode(x[rows].to(sae.W_dec.dtype) * scale)
+        scaled = x[rows].to(sae.W_dec.dtype) * scale
+        if isinstance(sae, GatedSAE):
+            pre = sae.pre_activations(scaled)
+            f = sae.features(pre)
+            is_open, is_positive = pre.pi_gate[kept[rows]] > 0, pre.pi_mag[kept[rows]] > 0
+            gates += torch.stack([is_open.sum(), is_positive.sum(), (is_open & is_positive).sum()])
+        else:
+            f = sae.encode(scaled)
         x_hat.append(sae.decode(f) / scale)
         is_on = f > 0
         l0.append(is_on.sum(1))
         firing_counts += is_on[kept[rows]].sum(0)
-    return Reconstruction(torch.cat(x_hat), torch.cat(l0), firing_counts)
+    return Reconstruction(torch.cat(x_hat), torch.cat(l0), firing_counts, gates)
 
 
 def row_errors(x: Float[Tensor, "rows d_model"], x_hat: Float[Tensor, "rows d_model"]) -> RowErrors:

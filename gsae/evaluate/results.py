@@ -1,4 +1,6 @@
-"""A run's results. In: the sums of its documents, its firing counts. Out: `results.json` and `density.safetensors` in its directory.
+"""A run's results. In: the sums of its blocks, its firing counts. Out: three files in its directory.
+
+`density.safetensors` has how often each feature was on, `blocks.safetensors` the sums with which two runs are compared.
 
 `results.json` is written last and whole; its identity says which weights were evaluated, on what, and how, so that an
 evaluation that has been done is not done again.
@@ -12,25 +14,30 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import safetensors.torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gsae.config import Config
 from gsae.corpus.documents import corpus_identity
 from gsae.errors import CheckpointError
+from gsae.evaluate import strata
 from gsae.evaluate.batch import SpliceChecks
 from gsae.evaluate.bootstrap import interval
 from gsae.evaluate.density import FiringCounts, density_histogram, density_metrics
+from gsae.evaluate.gates import gate_metrics
+from gsae.evaluate.pairs import BLOCKS_FILE, write_blocks
 from gsae.evaluate.reconstruction import reconstruction_metrics
 from gsae.evaluate.splice import splice_metrics
+from gsae.evaluate.strata import StratumSums, by_norm_decile, by_position
 from gsae.evaluate.sums import RunSums, SiteSums, definitions
 from gsae.llm.load import LLMInfo
 from gsae.sae.formats import DESCRIPTION_FILE
+from gsae.sae.objective import SAE
 from gsae.store.durable import write_aside, write_json_atomically
 from gsae.store.manifest import Manifest
 from gsae.store.runs import RESULTS_FILE, find_runs, newest_checkpoint, read_metrics, read_run
 
-RESULTS_FORMAT = 1
+RESULTS_FORMAT = 2
 DENSITY_FILE = "density.safetensors"
 INTERVALS = ("loss_recovered", "delta_ce", "fvu", "l0")
 """Metrics that get a 95 % interval."""
@@ -72,10 +79,27 @@ class Evidence:
     contexts: int
     tokens: int
     """Tokens of text, BOS included."""
+    documents: Int[Tensor, " blocks"]
+    """The document of each block."""
     draws: Float[Tensor, "draws documents"]
     """The bootstrap's."""
     checks: Mapping[str, SpliceChecks]
     """By name of the site."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation found of one run."""
+
+    sums: tuple[SiteSums, RunSums]
+    """Its site's and its own, a row a block."""
+    strata: tuple[StratumSums, StratumSums]
+    """Its site's and its own."""
+    firing: FiringCounts
+    """Over all ranks."""
+    sae: SAE
+    max_norm: float
+    """The site's bound of kept rows."""
 
 
 def evaluation_identity(config: Config, manifest: Manifest, info: LLMInfo) -> dict[str, Any]:
@@ -133,40 +157,36 @@ def _identity_of(run: TrainedRun, identity: Mapping[str, Any]) -> dict[str, Any]
     return {**identity, "checkpoint": {"step": run.step, "sae_sha256": run.sae_sha256}}
 
 
-def write_results(
-    run: TrainedRun,
-    site_sums: SiteSums,
-    run_sums: RunSums,
-    firing: FiringCounts,
-    W_dec: Float[Tensor, "features d_model"],
-    evidence: Evidence,
-) -> dict[str, float | None]:
-    """Write the run's two files; gives its metrics.
+def write_results(run: TrainedRun, measured: Measured, evidence: Evidence) -> dict[str, float | None]:
+    """Write the run's three files; gives its metrics.
 
     Args:
         run: the run.
-        site_sums: its site's, a row a document.
-        run_sums: its own.
-        firing: over all ranks.
-        W_dec: its directions.
+        measured: what was found of it.
         evidence: what it shares with the other runs.
     """
+    (site_sums, run_sums), firing, sae = measured.sums, measured.firing, measured.sae
     kept_rows = int(site_sums.kept_rows.sum())
+    write_blocks(run.directory / BLOCKS_FILE, site_sums, run_sums, evidence.documents)
     with write_aside(run.directory / DENSITY_FILE) as file:
         tensors = {"firing_counts": firing.features, "l0_histogram": firing.l0_histogram}
         file.write(safetensors.torch.save(tensors, metadata={"kept_rows": str(kept_rows)}))
     scale = run.description["scale"]
     totals = (site_sums.total(), run_sums.total())
-    parts = (reconstruction_metrics(*totals, scale), splice_metrics(*totals), density_metrics(firing, W_dec), _training_metrics(run))
+    of_features = (density_metrics(firing, sae.W_dec), gate_metrics(firing, sae))
+    parts = (reconstruction_metrics(*totals, scale), splice_metrics(*totals), *of_features, _training_metrics(run))
     metrics = {field.name: _number(getattr(part, field.name)) for part in parts for field in fields(part)}
-    num_documents = len(site_sums.kept_rows)
+    num_documents = evidence.draws.shape[1]
     results = {
         "format": RESULTS_FORMAT,
         "run": run.description,
         "metrics": metrics,
-        "intervals": _intervals(site_sums, run_sums, scale, evidence.draws),
+        "intervals": _intervals(site_sums, run_sums, scale, evidence.draws[:, evidence.documents]),
+        "by_position": [asdict(each) for each in by_position(*measured.strata)],
+        "by_norm_decile": [asdict(each) for each in by_norm_decile(*measured.strata, measured.max_norm)],
         "counts": {
             "documents": num_documents,
+            "blocks": len(evidence.documents),
             "contexts": evidence.contexts,
             "tokens": evidence.tokens,
             "kept_rows": kept_rows,
@@ -190,7 +210,7 @@ def _training_metrics(run: TrainedRun) -> TrainingMetrics:
     return found
 
 
-def _intervals(site: SiteSums, run: RunSums, scale: float, draws: Float[Tensor, "draws documents"]) -> dict[str, list[float] | None]:
+def _intervals(site: SiteSums, run: RunSums, scale: float, draws: Float[Tensor, "draws blocks"]) -> dict[str, list[float] | None]:
     drawn = (site.drawn(draws), run.drawn(draws))
     values = {**vars(reconstruction_metrics(*drawn, scale)), **vars(splice_metrics(*drawn))}
     found = {name: interval(values[name]) for name in INTERVALS}
@@ -201,9 +221,11 @@ def _definitions(parts: Iterable[type]) -> dict[str, str]:
     texts = {name: text for part in parts for name, text in definitions(part).items()}
     return {
         **texts,
+        **strata.DEFINITIONS,
         "kept_rows": "rows that the site's mask lets in: not at position 0, neither BOS nor EOS nor padding, norm within the store's bound",
         "intervals": "95 %: the 2.5 % and 97.5 % quantiles of the metric over bootstrap draws of whole documents",
         "tokens": "tokens of text, BOS included, padding not",
+        "blocks": "up to 512 tokens of one document, in the order of the contexts: the unit of gsae compare",
         "targets": "tokens whose prediction counts: text, and not the first of their segment",
     }
 

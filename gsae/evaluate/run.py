@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from gsae.config import Config
 from gsae.console import Console, open_console
 from gsae.corpus.contexts import held_out_contexts
 from gsae.corpus.documents import corpus_identity
 from gsae.errors import CheckpointError, ConfigError
-from gsae.evaluate.batch import BatchSums, SpliceChecks, SplicedRun, SplicedSite, cut_batches, evaluate_batch
+from gsae.evaluate.batch import BatchSums, SpliceChecks, SplicedRun, SplicedSite, cut_batches, documents_of_blocks, evaluate_batch
 from gsae.evaluate.bootstrap import draw_documents
 from gsae.evaluate.density import FiringCounts
-from gsae.evaluate.results import Evidence, TrainedRun, evaluation_identity, find_trained_runs, is_evaluated, write_results
+from gsae.evaluate.results import Evidence, Measured, TrainedRun, evaluation_identity, find_trained_runs, is_evaluated, write_results
 from gsae.evaluate.splice import EvaluationBatch
+from gsae.evaluate.strata import StratumSums
 from gsae.evaluate.sums import RunSums, SiteSums, Sums
 from gsae.llm.load import LLM, LLMInfo, describe, load
 from gsae.llm.site import Site, Tail
@@ -59,23 +62,26 @@ class Plan:
 
 
 class Totals:
-    """The sums of every document, over all batches so far. They are added in the order of the batches."""
+    """The sums of every block, whose documents are `documents`, over all batches so far. They are added in the order of the batches."""
 
-    def __init__(self, num_documents: int) -> None:
+    def __init__(self, documents: Int[Tensor, " blocks"]) -> None:
         self.sites: dict[str, SiteSums] = {}
         self.runs: dict[str, RunSums] = {}
-        self.num_documents = num_documents
+        self.strata: dict[str, StratumSums] = {}
+        self.documents = documents
 
     def add(self, batch: BatchSums) -> None:
         """Add one batch's sums."""
         self._add(self.sites, batch, batch.sites)
         self._add(self.runs, batch, batch.runs)
+        for name, part in batch.strata.items():
+            self.strata[name] = self.strata[name] + part if name in self.strata else part
 
     def _add(self, sums: dict[str, AnySums], batch: BatchSums, parts: Mapping[str, AnySums]) -> None:
         for name, part in parts.items():
             if name not in sums:
-                sums[name] = part.zeros(self.num_documents)
-            sums[name].add(batch.documents, part)
+                sums[name] = part.zeros(len(self.documents))
+            sums[name].add(batch.blocks, part)
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,7 @@ def _evaluate_batches(
 ) -> Outcome:
     """All batches, one a rank at a time; a round ends when every rank's sums are added."""
     device = everyone.device
-    totals = Totals(1 + max(int(batch.documents.max()) for batch in batches))
+    totals = Totals(documents_of_blocks(batches))
     firing = {run.name: FiringCounts.none(run.sae.num_features, device) for site in sites for run in site.runs}
     checks: Mapping[str, SpliceChecks] = {}
     with console.progress("evaluate", sum(batch.num_tokens for batch in batches), "tokens") as bar:
@@ -188,7 +194,7 @@ def _evaluate_batches(
                     totals.add(part)
             bar.advance(sum(batch.num_tokens for batch in round_of_batches))
     reduced = {
-        name: FiringCounts(everyone.reduce(each.features, "sum").cpu(), everyone.reduce(each.l0_histogram, "sum").cpu())
+        name: FiringCounts(*(everyone.reduce(part, "sum").cpu() for part in (each.features, each.l0_histogram, each.gates)))
         for name, each in firing.items()
     }
     return Outcome(totals, reduced, checks)
@@ -197,12 +203,16 @@ def _evaluate_batches(
 def _write(
     config: Config, plan: Plan, sites: Sequence[SplicedSite], batches: Sequence[EvaluationBatch], outcome: Outcome, console: Console
 ) -> None:
-    draws = draw_documents(outcome.totals.num_documents, config.evaluate.bootstrap_draws, config.evaluate.seed)
+    totals, settings = outcome.totals, config.evaluate
+    draws = draw_documents(int(totals.documents.max()) + 1, settings.bootstrap_draws, settings.seed)
     num_contexts, num_tokens = sum(len(batch.tokens) for batch in batches), sum(batch.num_tokens for batch in batches)
-    evidence = Evidence(plan.identity, num_contexts, num_tokens, draws, outcome.checks)
-    saes = {run.name: run.sae for site in sites for run in site.runs}
-    for run in plan.pending:
-        site_sums, run_sums = outcome.totals.sites[run.description["site"]], outcome.totals.runs[run.name]
-        metrics = write_results(run, site_sums, run_sums, outcome.firing[run.name], saes[run.name].W_dec, evidence)
-        shown = ", ".join(f"{name} {metrics[key]:.4g}" for name, key in SHOWN.items() if metrics[key] is not None)
-        console.say(f"{run.name}: {shown}")
+    evidence = Evidence(plan.identity, num_contexts, num_tokens, totals.documents, draws, outcome.checks)
+    for site in sites:
+        for spliced in site.runs:
+            run = next(run for run in plan.pending if run.name == spliced.name)
+            name = site.site.name
+            sums = totals.sites[name], totals.runs[run.name]
+            strata = totals.strata[name], totals.strata[run.name]
+            metrics = write_results(run, Measured(sums, strata, outcome.firing[run.name], spliced.sae, site.max_norm), evidence)
+            shown = ", ".join(f"{word} {metrics[key]:.4g}" for word, key in SHOWN.items() if metrics[key] is not None)
+            console.say(f"{run.name}: {shown}")

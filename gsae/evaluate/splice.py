@@ -27,6 +27,8 @@ class EvaluationBatch:
     positions: Int[Tensor, "contexts length"]
     documents: Int[Tensor, "contexts length"]
     """Index among the documents of this evaluation, -1 on padding."""
+    blocks: Int[Tensor, "contexts length"]
+    """Index among its blocks, of up to 512 tokens of a document each; -1 on padding."""
 
     @property
     def num_tokens(self) -> int:
@@ -35,7 +37,7 @@ class EvaluationBatch:
 
     def to(self, device: torch.device) -> "EvaluationBatch":
         """The batch on another device."""
-        return EvaluationBatch(self.tokens.to(device), self.positions.to(device), self.documents.to(device))
+        return EvaluationBatch(self.tokens.to(device), self.positions.to(device), self.documents.to(device), self.blocks.to(device))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""Sums over rows, kept a document at a time. In: float64 values a token. Out: sums a document, added in the order of the batches.
+"""Sums over rows, kept a block at a time. In: float64 values a token. Out: sums a block, added in the order of the batches.
+
+A block is up to 512 tokens of one document, so sums of documents are sums of whole blocks.
 
 Every metric is one division of such sums at the very end. Because a batch's sums do not depend on the rank that made them and
 are added in batch order, the metrics do not depend on the number of ranks. A bootstrap draw weights the same sums anew.
@@ -13,36 +15,36 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Values = Float[Tensor, "..."]
-"""One value a token, document or draw; or the total."""
+"""One value a token, block or draw; or the total."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Base of named float64 sums. The leading axis of every field is tokens, documents or draws; totals have none."""
+    """Base of named float64 sums. The leading axis of every field is tokens, blocks or draws; totals have none."""
 
     def _map(self, work: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(**{field.name: work(getattr(self, field.name)) for field in fields(self)})
 
-    def by_document(self, membership: Float[Tensor, "documents tokens"]) -> Self:
-        """Values a token, added up within each document, on the CPU."""
+    def by_block(self, membership: Float[Tensor, "blocks tokens"]) -> Self:
+        """Values a token, added up within each block, on the CPU."""
         return self._map(lambda value: (membership @ value).cpu())
 
     def total(self) -> Self:
-        """The sums over all documents."""
+        """The sums over all blocks."""
         return self._map(lambda value: value.sum(0))
 
-    def drawn(self, weights: Float[Tensor, "draws documents"]) -> Self:
-        """The sums over documents of each bootstrap draw, in which a document counts `weights` times."""
+    def drawn(self, weights: Float[Tensor, "draws blocks"]) -> Self:
+        """The sums of each bootstrap draw, in which a block counts `weights` times."""
         return self._map(lambda value: weights @ value)
 
-    def add(self, documents: Int[Tensor, " part"], part: Self) -> None:
-        """Add a batch's sums to those of its documents, in place."""
+    def add(self, blocks: Int[Tensor, " part"], part: Self) -> None:
+        """Add a batch's sums to those of its blocks, in place."""
         for field in fields(self):
-            getattr(self, field.name)[documents] += getattr(part, field.name)
+            getattr(self, field.name)[blocks] += getattr(part, field.name)
 
-    def zeros(self, num_documents: int) -> Self:
-        """Sums of the same fields and trailing shapes, all zero, one row a document."""
-        return self._map(lambda value: value.new_zeros(num_documents, *value.shape[1:]))
+    def zeros(self, num_blocks: int) -> Self:
+        """Sums of the same fields and trailing shapes, all zero, one row a block."""
+        return self._map(lambda value: value.new_zeros(num_blocks, *value.shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -97,17 +99,17 @@ class RunSums(Sums):
 
 @dataclass(frozen=True)
 class Membership:
-    """Which tokens of a batch belong to which document."""
+    """Which tokens of a batch belong to which block."""
 
-    documents: Int[Tensor, " documents"]
-    """The documents that occur, as indices into all documents of the evaluation."""
-    matrix: Float[Tensor, "documents tokens"]
-    """1 where the token belongs to the document; padding belongs to none."""
+    blocks: Int[Tensor, " blocks"]
+    """The blocks that occur, as indices into all blocks of the evaluation."""
+    matrix: Float[Tensor, "blocks tokens"]
+    """1 where the token belongs to the block; padding belongs to none."""
 
 
-def find_membership(documents: Int[Tensor, "contexts length"]) -> Membership:
-    """The membership of a batch's tokens; `documents` is -1 on padding."""
-    flat = documents.flatten()
+def find_membership(blocks: Int[Tensor, "contexts length"]) -> Membership:
+    """The membership of a batch's tokens; `blocks` is -1 on padding."""
+    flat = blocks.flatten()
     found = torch.unique(flat[flat >= 0])
     return Membership(found.cpu(), (found[:, None] == flat[None, :]).double())
 

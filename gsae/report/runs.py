@@ -18,7 +18,7 @@ State = Literal["finished", "stopped", "unfinished"]
 Curve = np.ndarray[Any, np.dtype[np.float64]]
 OBJECTIVES = ("relu", "gated", "gated-no-aux", "gated-norm-weighted")
 _CURVES = ("l0", "fvu", "dead_fraction")
-_FORMATS = {RUN_FILE: (1, 2), RESULTS_FILE: (1,)}
+_FORMATS = {RUN_FILE: (1, 2), RESULTS_FILE: (1, 2)}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A batch against an independent slow evaluation: whole forwards one context at a time, python loops over tokens."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -10,7 +11,9 @@ from gsae.config import LLMConfig, RandomLlamaConfig
 from gsae.corpus.contexts import Context, Packer
 from gsae.corpus.documents import Piece
 from gsae.errors import GsaeError
-from gsae.evaluate.batch import BatchResult, SplicedRun, SplicedSite, cut_batches, evaluate_batch
+from gsae.evaluate import batch as batch_module
+from gsae.evaluate import strata
+from gsae.evaluate.batch import BatchResult, SplicedRun, SplicedSite, cut_batches, documents_of_blocks, evaluate_batch
 from gsae.evaluate.reconstruction import reconstruction_metrics
 from gsae.evaluate.splice import splice_metrics
 from gsae.llm.load import LLM, load
@@ -133,11 +136,12 @@ def run_batches(bench: Bench, batch_contexts: int) -> list[BatchResult]:
 
 
 def metrics(results: list[BatchResult], site: SplicedSite, run: SplicedRun) -> dict[str, float]:
-    site_sums = results[0].sums.sites[site.site.name].zeros(len(TEXTS))
-    run_sums = results[0].sums.runs[run.name].zeros(len(TEXTS))
+    num_blocks = 1 + max(int(result.sums.blocks.max()) for result in results)
+    site_sums = results[0].sums.sites[site.site.name].zeros(num_blocks)
+    run_sums = results[0].sums.runs[run.name].zeros(num_blocks)
     for result in results:
-        site_sums.add(result.sums.documents, result.sums.sites[site.site.name])
-        run_sums.add(result.sums.documents, result.sums.runs[run.name])
+        site_sums.add(result.sums.blocks, result.sums.sites[site.site.name])
+        run_sums.add(result.sums.blocks, result.sums.runs[run.name])
     totals = site_sums.total(), run_sums.total()
     found = {**vars(reconstruction_metrics(*totals, run.scale)), **vars(splice_metrics(*totals))}
     return {name: value.item() for name, value in found.items()}
@@ -174,8 +178,71 @@ def test_sums_stand_at_their_document(bench):
     (result,) = run_batches(bench, 100)
     kept = result.sums.sites["resid.0"].kept_rows + result.sums.sites["resid.0"].dropped_rows
     every = [document for context in bench.contexts for document in context.documents.tolist()]
-    assert result.sums.documents.tolist() == [0, 1, 2]
+    assert result.sums.blocks.tolist() == [0, 1, 2]
     assert kept.tolist() == [every.count(number) for number in TEXTS]
+
+
+def test_strata_and_gates_agree_with_loops(bench):
+    """Position 1 alone, 2 and 3, 4 to 7, ...; every row in the norm bin that its own norm says."""
+    results = run_batches(bench, 2)
+    for site in bench.sites:
+        for run in site.runs:
+            by_position, by_bin, gates = {}, {}, [0, 0, 0]
+            for context in bench.contexts:
+                tokens, positions = (torch.from_numpy(array).long()[None] for array in (context.tokens, context.positions))
+                x = capture(bench.llm.model, [site.site], tokens, positions)[site.site.name][0]
+                special = special_tokens(bench.llm.tokenizer)
+                kept = candidates(tokens, positions, torch.from_numpy(context.documents)[None], special).rows[0]
+                for t in kept.nonzero()[:, 0].tolist():
+                    if x[t].norm() > site.max_norm:
+                        continue
+                    f = run.sae.encode(SCALE * x[t : t + 1])
+                    error = (x[t] - run.sae.decode(f)[0] / SCALE).square().sum().item()
+                    sums = [1, (x[t] - site.mean).square().sum().item(), error, (f > 0).sum().item()]
+                    values = torch.tensor(sums, dtype=torch.float64)
+                    stratum = len(bin(int(context.positions[t]))) - 3
+                    number = strata.NORM_BINS - 1 - math.floor(-strata.BINS_AN_OCTAVE * math.log2(x[t].norm().item() / site.max_norm))
+                    by_position[stratum] = by_position.get(stratum, 0) + values
+                    by_bin[number] = by_bin.get(number, 0) + values
+                    if hasattr(run.sae, "pre_activations"):
+                        pre = run.sae.pre_activations(SCALE * x[t : t + 1])
+                        for gate, magnitude in zip((pre.pi_gate[0] > 0).tolist(), (pre.pi_mag[0] > 0).tolist(), strict=True):
+                            gates = [gates[0] + gate, gates[1] + magnitude, gates[2] + (gate and magnitude)]
+            of_site, of_run = (sum_all(result.sums.strata[name] for result in results) for name in (site.site.name, run.name))
+            for found, wanted in (
+                (torch.cat([of_site.position, of_run.position]), by_position),
+                (torch.cat([of_site.norm, of_run.norm]), by_bin),
+            ):
+                assert {number for number in range(found.shape[1]) if found[0, number]} == set(wanted)
+                for number, values in wanted.items():
+                    torch.testing.assert_close(found[:, number], values, rtol=1e-9, atol=1e-9)
+            assert sum(result.firing[run.name].gates for result in results).tolist() == gates
+            assert (gates[0] > gates[2] > 0) == ("gated" in run.name)
+
+
+def sum_all(parts: Iterable[strata.StratumSums]) -> strata.StratumSums:
+    first, *others = parts
+    return sum(others, first)
+
+
+def test_blocks_are_a_documents_tokens_so_many_at_a_time(bench, monkeypatch):
+    monkeypatch.setattr(batch_module, "BLOCK_TOKENS", 8)
+    batches = cut_batches(bench.contexts, 2)
+    documents, blocks = (torch.cat([getattr(batch, name).flatten() for batch in batches]).tolist() for name in ("documents", "blocks"))
+    seen, wanted = {}, {}
+    for document, block in zip(documents, blocks, strict=True):
+        if document < 0:
+            assert block == -1
+            continue
+        number = seen[document] = seen.get(document, -1) + 1
+        assert wanted.setdefault((document, number // 8), block) == block
+    assert sorted(wanted.values()) == list(range(len(wanted)))
+    assert len(wanted) > 2 * len(seen)
+    of_blocks = documents_of_blocks(batches).tolist()
+    assert all(of_blocks[block] == document for (document, _), block in wanted.items())
+    whole = metrics(run_batches(bench, 2), bench.sites[0], bench.sites[0].runs[0])
+    monkeypatch.undo()
+    assert metrics(run_batches(bench, 2), bench.sites[0], bench.sites[0].runs[0]) == pytest.approx(whole, rel=1e-12)
 
 
 def test_the_mask_is_that_of_the_values_an_int8_store_holds(bench):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gsae.evaluate.bootstrap import draw_documents, interval
+from gsae.evaluate.bootstrap import draw_blocks, draw_documents, interval
 
 
 def test_a_draw_holds_as_many_documents_as_there_are():
@@ -39,3 +39,14 @@ def test_the_interval_of_a_mean_is_near_the_normal_one():
 
 def test_a_draw_without_a_value_gives_no_interval():
     assert interval(torch.tensor([1.0, float("nan")], dtype=torch.float64)) is None
+
+
+def test_blocks_are_drawn_within_the_documents_that_are_drawn():
+    documents = torch.tensor([0, 1, 1, 2, 2, 2])
+    draws = draw_blocks(documents, 2000, seed=3)
+    assert draws.equal(draw_blocks(documents, 2000, seed=3))
+    of_documents = draw_documents(3, 2000, seed=3)
+    for document, count in enumerate((1, 2, 3)):
+        assert draws[:, documents == document].sum(1).equal(count * of_documents[:, document])
+    assert draws.mean(0).sub(1).abs().max() < 0.1
+    assert (draws[:, 1] != draws[:, 2]).any()

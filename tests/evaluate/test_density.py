@@ -38,7 +38,7 @@ def test_seen_features_stand_in_the_bin_of_their_density():
 
 def test_shares_of_features_by_hand():
     # 20 kept rows: on at 0, 2 (10 %), 3 (15 %) and 20 of them
-    counts = FiringCounts(torch.tensor([0, 2, 3, 20]), torch.tensor([0, 18, 1, 1, 0]))
+    counts = FiringCounts(torch.tensor([0, 2, 3, 20]), torch.tensor([0, 18, 1, 1, 0]), torch.zeros(3))
     found = density_metrics(counts, torch.eye(4))
     assert found.not_seen_fraction == 0.25
     assert found.dense_fraction == 0.5
@@ -48,10 +48,11 @@ def test_shares_of_features_by_hand():
 
 def test_counts_add_up():
     none = FiringCounts.none(2, torch.device("cpu"))
-    one = FiringCounts(torch.tensor([1, 2]), torch.tensor([0, 3, 0]))
+    one = FiringCounts(torch.tensor([1, 2]), torch.tensor([0, 3, 0]), torch.tensor([4, 5, 3]))
     both = none + one + one
     assert both.features.tolist() == [2, 4]
     assert both.l0_histogram.tolist() == [0, 6, 0]
+    assert both.gates.tolist() == [8, 10, 6]
 
 
 def test_decoder_cosines_by_hand(monkeypatch):

@@ -14,13 +14,14 @@ from conftest import small_settings, write_config, write_text
 from ranks import gsae, run_gsae, started
 
 from gsae.errors import CheckpointError
+from gsae.evaluate.compare import run_compare
 from gsae.evaluate.results import evaluation_identity, find_trained_runs, is_evaluated
 from gsae.llm.load import describe
 from gsae.sae.formats import save_sae
 from gsae.sae.objective import build
 from gsae.settings import read_config
 from gsae.store import manifest
-from gsae.store.runs import write_checkpoint
+from gsae.store.runs import newest_checkpoint, write_checkpoint
 
 
 def write_run(runs: Path, store: manifest.Manifest, site: str, objective: str, seed: int, step: int = 20) -> Path:
@@ -85,7 +86,7 @@ def outcome(folder: Path) -> dict[str, bytes]:
     """What evaluation wrote, by path."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
-        for name in ("results.json", "density.safetensors")
+        for name in ("results.json", "density.safetensors", "blocks.safetensors")
         for path in sorted(folder.rglob(name))
     }
 
@@ -93,11 +94,11 @@ def outcome(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("size", [2, 4])
 def test_results_do_not_depend_on_the_number_of_ranks(whole, tmp_path, size):
     config = copied(whole, tmp_path)
-    for path in [*tmp_path.rglob("results.json"), *tmp_path.rglob("density.safetensors")]:
+    for path in map(tmp_path.joinpath, ["runs/" + name for name in outcome(tmp_path / "runs")]):
         path.unlink()
     run_gsae(size, ["evaluate", config])
     assert outcome(tmp_path / "runs") == outcome(whole / "runs")
-    assert len(outcome(tmp_path / "runs")) == 8
+    assert len(outcome(tmp_path / "runs")) == 12
 
 
 def test_results_hold_what_the_report_reads(whole):
@@ -105,7 +106,11 @@ def test_results_hold_what_the_report_reads(whole):
         results = json.loads(path.read_text())
         metrics, counts = results["metrics"], results["counts"]
         assert set(metrics) <= set(results["definitions"])
-        assert all(isinstance(value, float | int) for value in metrics.values())
+        of_gates = {"gate_open_magnitude_zero_fraction", "gate_magnitude_agreement"}
+        assert {name for name, value in metrics.items() if value is None} == (of_gates if "relu" in str(path) else set())
+        for table in (results["by_position"], results["by_norm_decile"]):
+            assert sum(line["rows"] for line in table) == counts["kept_rows"]
+            assert sum(line["rows"] * line["l0"] for line in table) == pytest.approx(counts["kept_rows"] * metrics["l0"])
         assert (metrics["dead_fraction"], metrics["dead_rows"]) == (0.25, 600)
         assert results["checks"] == {"identity_loss_recovered": 1.0, "zero_loss_recovered": 0.0}
         assert set(results["intervals"]) == {"loss_recovered", "delta_ce", "fvu", "l0"}
@@ -187,3 +192,47 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(whole, tmp_path, words, me
         said = ranks.output(0) + ranks.output(1)
         assert len(re.findall(message, said)) == 1
         assert "Traceback" not in said
+
+
+def compare(*words: object) -> str:
+    return run_gsae(1, ["compare", *words])
+
+
+def test_compare_shows_two_runs_of_a_site(whole, tmp_path):
+    copied(whole, tmp_path)
+    write_run(tmp_path / "runs", manifest.load(whole / "runs/store"), "resid.1", "relu", seed=1)
+    run_gsae(1, ["evaluate", tmp_path / "config.yaml"])
+    first, second = (tmp_path / f"runs/resid.1/relu-m32-l0.1-s{seed}" for seed in (0, 1))
+    found = json.loads(compare(first, second, "--json").strip().splitlines()[-1])
+    for name, each in found["metrics"].items():
+        values = [json.loads((run / "results.json").read_text())["metrics"][name] for run in (first, second)]
+        assert [each["first"], each["second"]] == pytest.approx(values, rel=1e-6), name
+        assert each["interval"]["low"] < each["difference"] < each["interval"]["high"]
+    seen = [json.loads((run / "results.json").read_text())["metrics"]["not_seen_fraction"] for run in (first, second)]
+    assert [found[way]["features"] for way in ("first_in_second", "second_in_first")] == [round(32 * (1 - share)) for share in seen]
+    same = json.loads(compare(first, first, "--json").strip().splitlines()[-1])
+    assert same["first_in_second"]["share_above_0_9"] == 1
+    assert "95 %, paired" in compare(first, second)
+
+
+def test_compare_refuses_what_cannot_be_compared(whole, tmp_path):
+    copied(whole, tmp_path)
+    first, other = (tmp_path / f"runs/{site}/relu-m32-l0.1-s0" for site in ("resid.1", "resid.2"))
+    gated = first.with_name("gated-m32-l0.1-s0")
+    with pytest.raises(CheckpointError, match=r"resid\.1, .* of resid\.2; compare runs of one site"):
+        run_compare(first, other, as_json=True)
+    results = json.loads((gated / "results.json").read_text())
+    results["identity"]["context_length"] = 7
+    (gated / "results.json").write_text(json.dumps(results))
+    with pytest.raises(CheckpointError, match=r"with another context_length \(.* and 7\)"):
+        run_compare(first, gated, as_json=True)
+    results["format"] = 1
+    (gated / "results.json").write_text(json.dumps(results))
+    with pytest.raises(CheckpointError, match=r"format is 1, gsae compare reads 2; run gsae evaluate"):
+        run_compare(first, gated, as_json=True)
+    (gated / "results.json").unlink()
+    with pytest.raises(CheckpointError, match=r"what gsae evaluate leaves is missing or damaged"):
+        run_compare(gated, first, as_json=True)
+    shutil.rmtree(newest_checkpoint(first).path)
+    with pytest.raises(CheckpointError, match=r"the checkpoint of step 20 that was evaluated is gone; run gsae evaluate again"):
+        run_compare(first, first, as_json=True)

@@ -24,6 +24,7 @@ def test_targets_stand_in_the_segment_of_their_context():
         tokens=torch.tensor([[9, 1, 2, 9, 3, 9, 4, 0, 0]]),
         positions=torch.tensor([[0, 1, 2, 0, 1, 0, 1, 0, 1]]),
         documents=torch.tensor([[5, 5, 5, 5, 5, 6, 6, -1, -1]]),
+        blocks=torch.tensor([[0, 0, 0, 1, 1, 2, 2, -1, -1]]),
     )
     found = find_targets(batch)
     assert found.rows.tolist() == [0, 1, 3, 5]
@@ -33,7 +34,7 @@ def test_targets_stand_in_the_segment_of_their_context():
 
 def test_rows_of_the_second_context_are_counted_on():
     ones = torch.ones(2, 3, dtype=torch.int64)
-    found = find_targets(EvaluationBatch(torch.arange(6).view(2, 3), torch.arange(3).expand(2, 3), ones))
+    found = find_targets(EvaluationBatch(torch.arange(6).view(2, 3), torch.arange(3).expand(2, 3), ones, ones))
     assert found.rows.tolist() == [0, 1, 3, 4]
     assert found.tokens.tolist() == [1, 2, 4, 5]
     assert found.at_rows(torch.tensor([1.0, 2, 3, 4])).tolist() == [1, 2, 0, 3, 4, 0]
