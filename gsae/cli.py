@@ -78,6 +78,8 @@ def _dispatch(words: list[str]) -> int:
         raise ConfigError(f"there is no command {stage!r}; choose from {', '.join(STAGES)}")
     if stage == "report":
         return _report(rest)
+    if stage == "evaluate":
+        return _evaluate(rest)
     if stage == "compare":
         return _compare(rest)
     if stage == "plan":
@@ -102,7 +104,33 @@ def _overview() -> str:
     )
 
 
-def _stage_of_config(stage: str, words: list[str]) -> int:
+def _evaluate(words: list[str]) -> int:
+    parser = _Parser(
+        prog="gsae evaluate", add_help=False, allow_abbrev=False, usage="gsae evaluate CONFIG [options] [--section.field value ...]"
+    )
+    what = "an SAE from elsewhere to evaluate beside the runs, more than once for several: a directory of SAELens or dictionary_learning, "
+    what += "or what gsae.load_sae reads; it becomes a run below the config's output"
+    parser.add_argument("--sae", action="append", default=[], metavar="PATH", help=what)
+    parser.add_argument("--site", metavar="SITE", help="where they belong, such as resid.15; default: what their own files say")
+    if any(word in ("-h", "--help") for word in words):
+        sys.stdout.write(f"{parser.format_help()}\n{config_parser('evaluate').format_help()}")
+        return 0
+    try:
+        given, rest = parser.parse_known_args(words)
+    except ConfigError as error:
+        error.spoken_by = 0
+        raise
+
+    def add_guests(config: Config) -> None:
+        from gsae.exchange.guest import add_guests as add
+
+        add(config, given.sae, given.site)
+
+    return _stage_of_config("evaluate", rest, add_guests if given.sae else None)
+
+
+def _stage_of_config(stage: str, words: list[str], before: Callable[[Config], None] | None = None) -> int:
+    """Run a stage on all ranks; `before` on the first one."""
     if any(word in ("-h", "--help") for word in words):
         sys.stdout.write(config_parser(stage).format_help())
         return 0
@@ -122,6 +150,8 @@ def _stage_of_config(stage: str, words: list[str]) -> int:
 
     run: Callable[[Config, world.World], None] = getattr(import_module(f"gsae.{stage}.run"), f"run_{stage}")
     with world.start(config.device, config.train.groups if stage == "train" else 1) as ranks:
+        if before is not None:
+            ranks.everyone.on_first(lambda: before(config))
         run(config, ranks)
     return 0
 

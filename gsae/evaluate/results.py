@@ -41,6 +41,14 @@ RESULTS_FORMAT = 2
 DENSITY_FILE = "density.safetensors"
 INTERVALS = ("loss_recovered", "delta_ce", "fvu", "l0")
 """Metrics that get a 95 % interval."""
+COMPARABILITY = {
+    "SAEBench 0.6.0": "divides MSE by the number of tokens twice and does not centre explained variance: neither compares with mse and fvu",
+    "sae_lens before July 2026": "the same two; and it may leave BOS rows in L0 and MSE, which are not kept rows here",
+    "dictionary_learning": "averages ratios of batches and splices x_hat in at BOS too: fvu and loss_recovered are others",
+    "llamascopium": "its loss ratio is inverted: 1 is the ablation",
+    "clamped recipes": "loss recovered cut to [0, 1] hides SAEs that are worse than the ablation; loss_recovered is not cut",
+}
+"""Where figures under the same names mean something else."""
 FEW_DOCUMENTS = 30
 """Below so many documents, results speak of these documents only."""
 
@@ -130,7 +138,8 @@ def find_trained_runs(output: Path, manifest: Manifest) -> list[TrainedRun]:
     for directory in directories:
         description = read_run(directory)
         site, store = description["site"], description["store_fingerprint"]
-        if store != manifest.fingerprint or site not in manifest.sites:
+        is_ours = store == manifest.fingerprint or description.get("guest") is not None
+        if not is_ours or site not in manifest.sites:
             raise CheckpointError(
                 f"run {directory} was trained at {site} on store {store}, the config's store is {manifest.fingerprint} "
                 f"with {', '.join(manifest.sites)}; use the config it was trained with, or move the run elsewhere"
@@ -196,6 +205,7 @@ def write_results(run: TrainedRun, measured: Measured, evidence: Evidence) -> di
         "checks": {name: _number(value) for name, value in asdict(evidence.checks[run.description["site"]]).items()},
         "density_log10_histogram": asdict(density_histogram(firing.features, kept_rows)),
         "definitions": _definitions(type(part) for part in parts),
+        "comparability": COMPARABILITY,
         "identity": {**_identity_of(run, evidence.identity), "within_these_documents": num_documents < FEW_DOCUMENTS},
     }
     write_json_atomically(run.directory / RESULTS_FILE, results)

@@ -53,12 +53,18 @@ def run_import(source: Path, output: Path, library: str | None) -> Path:
         ConfigError: `output` is there and not empty.
         CheckpointError: the files are not there, are damaged, or hold an SAE that cannot be represented exactly.
     """
-    foreign = _read(source, library or _detect(source))
+    foreign = read_foreign(source, library or detect(source))
     write_directory(output, lambda aside: write_published(aside, foreign.sae.to(foreign.dtype), foreign.description, None))
     return output
 
 
-def _detect(source: Path) -> str:
+def detect(source: Path) -> str:
+    """The library whose files are in a directory.
+
+    Raises:
+        ConfigError: files of several are there.
+        CheckpointError: there are none.
+    """
     found = [library for library, (weights, _) in FILES.items() if (source / weights).is_file()]
     if len(found) == 1:
         return found[0]
@@ -68,7 +74,12 @@ def _detect(source: Path) -> str:
     raise CheckpointError(f"{source} holds no {wanted}; give the directory as one of these libraries saved it")
 
 
-def _read(source: Path, library: str) -> Foreign:
+def read_foreign(source: Path, library: str) -> Foreign:
+    """Read an SAE of another library.
+
+    Raises:
+        CheckpointError: its files are not there, are damaged, or hold an SAE that cannot be represented exactly.
+    """
     weights, config_name = FILES[library]
     config = read_object(source / config_name, "give the directory as its library saved it")
     if library == "saelens":

@@ -124,7 +124,7 @@ def _draw_tradeoff(axes: Axes, runs: Sequence[Run], metric: str) -> None:
         points = [(_value(run, "l0"), _value(run, metric)) for run in line]
         axes.plot(*zip(*sorted(points), strict=True), alpha=0.5, **_line_look(line[0]))
         for run, (l0, value) in zip(line, points, strict=True):
-            look: dict[str, Any] = {"color": _COLOURS.get(run.objective, _INK), "linewidth": 0.8, "alpha": 0.7}
+            look: dict[str, Any] = {"color": _colour(run), "linewidth": 0.8, "alpha": 0.7}
             axes.plot(run.interval("l0") or (l0, l0), (value, value), **look)
             axes.plot((l0, l0), run.interval(metric) or (value, value), **look)
             axes.plot([l0], [value], gid=_identifier(run), linestyle="none", **_marker_look(run))
@@ -203,20 +203,24 @@ def _lines_of(runs: Iterable[Run]) -> Iterator[list[Run]]:
         yield list(line)
 
 
+def _colour(run: Run) -> str:
+    return _INK if run.library else _COLOURS.get(run.objective, _INK)
+
+
 def _line_look(run: Run) -> dict[str, Any]:
-    return {"color": _COLOURS.get(run.objective, _INK), "linestyle": "-." if run.pre_activation_loss else "--" if run.resampling else "-"}
+    return {"color": _colour(run), "linestyle": "-." if run.pre_activation_loss else "--" if run.resampling else "-"}
 
 
 def _marker_look(run: Run) -> dict[str, Any]:
-    colour = _COLOURS.get(run.objective, _INK)
+    colour = _colour(run)
     face = _SURFACE if run.resampling else mpl.colors.to_rgba(colour, _PALE) if run.pre_activation_loss else colour
     return {"marker": _MARKERS.get(run.objective, "v"), "markersize": 6, "markeredgecolor": colour, "markerfacecolor": face}
 
 
 def _strength(run: Run, runs: Sequence[Run]) -> float:
     """Opacity that rises with lambda among the runs of a series."""
-    lambdas = sorted({other.lambda_ for other in runs if other.series == run.series})
-    return 1.0 if len(lambdas) == 1 else 0.4 + 0.6 * lambdas.index(run.lambda_) / (len(lambdas) - 1)
+    lambdas = sorted({other.lambda_ or 0.0 for other in runs if other.series == run.series})
+    return 1.0 if len(lambdas) == 1 else 0.4 + 0.6 * lambdas.index(run.lambda_ or 0.0) / (len(lambdas) - 1)
 
 
 def _is_finite(value: float | None) -> bool:

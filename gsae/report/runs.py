@@ -14,7 +14,7 @@ import numpy as np
 from gsae.errors import CheckpointError
 from gsae.store.runs import METRICS_FILE, RESULTS_FILE, RUN_FILE, find_runs, read_metrics
 
-State = Literal["finished", "stopped", "unfinished"]
+State = Literal["finished", "stopped", "unfinished", "from elsewhere"]
 Curve = np.ndarray[Any, np.dtype[np.float64]]
 OBJECTIVES = ("relu", "gated", "gated-no-aux", "gated-norm-weighted")
 _CURVES = ("l0", "fvu", "dead_fraction")
@@ -73,7 +73,10 @@ class Run:
     resampling: bool
     pre_activation_loss: float
     """Weight of the pre-activation loss of dead features, in multiples of lambda; 0 is without."""
-    lambda_: float
+    lambda_: float | None
+    """None for a guest whose own files do not say."""
+    library: str | None
+    """Whose a guest is; None for runs that gsae trained here."""
     seed: int
     num_features: int
     d_model: int
@@ -95,7 +98,9 @@ class Run:
     def series(self) -> str:
         """What the runs of one line in a plot share."""
         return (
-            self.objective + (" + pre-activation loss" if self.pre_activation_loss else "") + (" + resampling" if self.resampling else "")
+            (f"{self.objective} of {self.library}" if self.library else self.objective)
+            + (" + pre-activation loss" if self.pre_activation_loss else "")
+            + (" + resampling" if self.resampling else "")
         )
 
     @property
@@ -122,7 +127,8 @@ class Run:
             self.resampling,
             self.pre_activation_loss,
             self.num_features,
-            self.lambda_,
+            self.lambda_ or 0.0,
+            self.library or "",
             self.seed,
             str(self.directory),
         )
@@ -195,13 +201,14 @@ def _assemble(directory: Path, asked: Mapping[str, Any], lines: Sequence[Mapping
         objective=str(asked["objective"]),
         resampling=bool(asked["resampling"]),
         pre_activation_loss=float(asked.get("pre_activation_loss", 0.0)),  # runs of before there was pre-activation loss do not say
-        lambda_=float(asked["lambda"]),
+        lambda_=None if asked["lambda"] is None else float(asked["lambda"]),
+        library=(asked.get("guest") or {}).get("library"),
         seed=int(asked["seed"]),
         num_features=int(asked["num_features"]),
         d_model=int(asked["d_model"]),
         step=max((int(line["step"]) for line in lines), default=0),
         rows=max((int(line["rows"]) for line in lines), default=0),
-        state="unfinished" if end is None else end["kind"],
+        state="from elsewhere" if asked.get("guest") else "unfinished" if end is None else end["kind"],
         stop_reason=end["reason"] if end is not None and end["kind"] == "stopped" else None,
         dead_fraction=dead.get("dead_fraction"),
         dead_rows=dead.get("dead_rows"),

@@ -89,6 +89,7 @@ def states(runs: Sequence[Run]) -> str:
         ("finished", lambda run: run.state == "finished"),
         ("stopped", lambda run: run.state == "stopped"),
         ("unfinished", lambda run: run.state == "unfinished"),
+        ("from elsewhere", lambda run: run.state == "from elsewhere"),
         ("not evaluated", lambda run: run.results is None),
     ]
     numbers = ((sum(map(holds, runs)), name) for name, holds in wanted)
