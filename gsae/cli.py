@@ -148,11 +148,16 @@ def _stage_of_config(stage: str, words: list[str], before: Callable[[Config], No
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from gsae import world
 
-    run: Callable[[Config, world.World], None] = getattr(import_module(f"gsae.{stage}.run"), f"run_{stage}")
+    run: Callable[..., None] = getattr(import_module(f"gsae.{stage}.run"), f"run_{stage}")
     with world.start(config.device, config.train.groups if stage == "train" else 1) as ranks:
         if before is not None:
             ranks.everyone.on_first(lambda: before(config))
-        run(config, ranks)
+        if stage == "train" and config.train.evaluate_every_fraction is not None:
+            from gsae.evaluate.probe import Probe
+
+            run(config, ranks, lambda: Probe(config, ranks))
+        else:
+            run(config, ranks)
     return 0
 
 

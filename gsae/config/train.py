@@ -209,6 +209,10 @@ class TrainConfig:
     """Steps between two lines of metrics.jsonl."""
     trackers: list[TrackerName] = field(default_factory=list)
     """Where these lines go besides: `tensorboard` writes event files in each run's directory, `wandb` makes a run of the project gsae."""
+    evaluate_every_fraction: float | None = None
+    """Share of the run between two small evaluations, written to metrics.jsonl; each rank then holds the whole LLM. null: none."""
+    evaluate_tokens: int = 16_384
+    """Held-out tokens of each, the same every time."""
     checkpoint_every_fraction: float = 0.1
     """Share of the run between two checkpoints."""
     keep_checkpoints: int = 2
@@ -224,7 +228,16 @@ class TrainConfig:
     """Rows of a rank's part of the batch that are computed at once, which bounds the memory of rows x features; null takes all."""
 
     def __post_init__(self) -> None:
-        for name in ("total_rows", "batch_rows", "window_rows", "read_threads", "groups", "log_every_steps", "keep_checkpoints"):
+        for name in (
+            "total_rows",
+            "batch_rows",
+            "window_rows",
+            "read_threads",
+            "groups",
+            "log_every_steps",
+            "keep_checkpoints",
+            "evaluate_tokens",
+        ):
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; give a positive number")
         rates = {"learning_rate": self.learning_rate, **{f"learning_rates of {site}": rate for site, rate in self.learning_rates.items()}}
         for name, rate in rates.items():
@@ -248,6 +261,8 @@ class TrainConfig:
         require(micro is None or micro >= 1, f"train.micro_batch_rows is {micro}; give a positive number, or null")
         every = self.keep_every
         require(every is None or every >= 1, f"train.keep_every is {every}; give a positive number, or null to keep only the newest")
+        often = self.evaluate_every_fraction
+        require(often is None or 0 < often <= 1, f"train.evaluate_every_fraction is {often}; give a share in (0, 1], or null for none")
         density = self.sparse_below_density
         require(0 <= density <= 1, f"train.sparse_below_density is {density}; give a share between 0 and 1")
         require(

@@ -4,7 +4,7 @@ Contexts are cut into fixed batches and batch i goes to rank i mod R. After ever
 batch order, so the numbers do not depend on R.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -121,13 +121,14 @@ def run_evaluate(config: Config, world: World) -> None:
     console.say(
         f"evaluate: {len(plan.pending)} runs at {len(sites)} sites on {len(contexts)} contexts; {plan.num_done} runs have results already"
     )
-    outcome = _evaluate_batches(llm, sites, batches, everyone, console)
+    with console.progress("evaluate", sum(batch.num_tokens for batch in batches), "tokens") as bar:
+        outcome = evaluate_batches(llm, sites, batches, everyone, check=True, advance=bar.advance)
     everyone.on_first(lambda: _write(config, plan, sites, batches, outcome, console))
 
 
 def _plan(config: Config) -> Plan:
     manifest, info = load_manifest(store_of(config)), describe(config.llm)
-    _require_same_source(config, manifest, info)
+    require_same_source(config, manifest, info)
     if (Path(config.output) / STOPPED_FILE).exists():
         raise CheckpointError(
             f"the training below {config.output} was stopped before its end; run gsae train again, or delete its {STOPPED_FILE}"
@@ -143,8 +144,12 @@ def _plan(config: Config) -> Plan:
     return Plan(manifest, identity, pending, len(runs) - len(pending))
 
 
-def _require_same_source(config: Config, manifest: Manifest, info: LLMInfo) -> None:
-    """Held-out documents are held out of the store only if its text and split are the config's, and so must be its LLM."""
+def require_same_source(config: Config, manifest: Manifest, info: LLMInfo) -> None:
+    """Held-out documents are held out of the store only if its text and split are the config's, and so must be its LLM.
+
+    Raises:
+        ConfigError: naming the first setting that differs.
+    """
     for section, here in (("llm", info.identity), ("corpus", corpus_identity(config.corpus))):
         there = manifest.identity[section]
         differing = [name for name in here if name in there and there[name] != here[name]]
@@ -159,40 +164,60 @@ def _require_same_source(config: Config, manifest: Manifest, info: LLMInfo) -> N
 def _load_sites(plan: Plan, llm: LLM, device: torch.device) -> list[SplicedSite]:
     """The sites of the pending runs in layer order, each with its SAEs on the device."""
     sites = []
-    for name, described in plan.manifest.sites.items():
+    for name in plan.manifest.sites:
         runs = tuple(
             SplicedRun(run.name, read_sae(run.checkpoint).sae.to(device).requires_grad_(False), run.description["scale"])
             for run in plan.pending
             if run.description["site"] == name
         )
         if runs:
-            site = Site(name, described.layer, described.module)
-            mean, storage = described.mean.to(device), plan.manifest.dtype
-            sites.append(SplicedSite(site, Tail(llm.model, site), mean, described.max_norm, storage, runs))
+            sites.append(spliced_site(plan.manifest, name, llm, runs, device))
     return sites
 
 
-def _evaluate_batches(
-    llm: LLM, sites: Sequence[SplicedSite], batches: Sequence[EvaluationBatch], everyone: Group, console: Console
+def spliced_site(manifest: Manifest, name: str, llm: LLM, runs: tuple[SplicedRun, ...], device: torch.device) -> SplicedSite:
+    """A site of the store with its SAEs, which are on the device."""
+    described = manifest.sites[name]
+    site = Site(name, described.layer, described.module)
+    return SplicedSite(site, Tail(llm.model, site), described.mean.to(device), described.max_norm, manifest.dtype, runs)
+
+
+def evaluate_batches(
+    llm: LLM,
+    sites: Sequence[SplicedSite],
+    batches: Sequence[EvaluationBatch],
+    everyone: Group,
+    *,
+    check: bool,
+    advance: Callable[[int], None] = lambda tokens: None,
 ) -> Outcome:
-    """All batches, one a rank at a time; a round ends when every rank's sums are added."""
+    """All batches, one a rank at a time; a round ends when every rank's sums are added.
+
+    Args:
+        llm: the whole LLM, on each rank.
+        sites: in layer order.
+        batches: all of them, on each rank.
+        everyone: the ranks that share them.
+        check: whether splicing is checked on the first batch.
+        advance: told of the tokens of each round.
+    """
     device = everyone.device
     totals = Totals(documents_of_blocks(batches))
     firing = {run.name: FiringCounts.none(run.sae.num_features, device) for site in sites for run in site.runs}
     checks: Mapping[str, SpliceChecks] = {}
-    with console.progress("evaluate", sum(batch.num_tokens for batch in batches), "tokens") as bar:
-        for start in range(0, len(batches), everyone.size):
-            round_of_batches = batches[start : start + everyone.size]
-            sums: BatchSums | None = None
-            with everyone.together():
-                if everyone.rank < len(round_of_batches):
-                    result = evaluate_batch(llm, sites, round_of_batches[everyone.rank].to(device), check=start + everyone.rank == 0)
-                    sums, checks = result.sums, checks or result.checks
-                    firing = {name: counts + result.firing[name] for name, counts in firing.items()}
-            for part in everyone.gather_objects(sums):
-                if part is not None and everyone.is_first:
-                    totals.add(part)
-            bar.advance(sum(batch.num_tokens for batch in round_of_batches))
+    for start in range(0, len(batches), everyone.size):
+        round_of_batches = batches[start : start + everyone.size]
+        sums: BatchSums | None = None
+        with everyone.together():
+            if everyone.rank < len(round_of_batches):
+                batch = round_of_batches[everyone.rank].to(device)
+                result = evaluate_batch(llm, sites, batch, check=check and start + everyone.rank == 0)
+                sums, checks = result.sums, checks or result.checks
+                firing = {name: counts + result.firing[name] for name, counts in firing.items()}
+        for part in everyone.gather_objects(sums):
+            if part is not None and everyone.is_first:
+                totals.add(part)
+        advance(sum(batch.num_tokens for batch in round_of_batches))
     reduced = {
         name: FiringCounts(*(everyone.reduce(part, "sum").cpu() for part in (each.features, each.l0_histogram, each.gates)))
         for name, each in firing.items()

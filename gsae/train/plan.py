@@ -18,7 +18,7 @@ FREE_SETTINGS = (
     *("sweeps", "sites", "learning_rate", "learning_rates", "target_l0", "warm_start_fraction"),
     # These do not change the weights.
     *("groups", "log_every_steps", "checkpoint_every_fraction", "keep_checkpoints", "keep_every", "verify_shards", "read_threads"),
-    "trackers",
+    *("trackers", "evaluate_every_fraction", "evaluate_tokens"),
 )
 """Fields of TrainConfig that a resumed run need not share."""
 NEWER_SETTINGS = {"max_rows": None, "products": "float32", "ema_decay": None}

@@ -5,6 +5,7 @@ one whose group is through waits for the others. A second call continues where t
 left to do.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from gsae.train.directories import prepare_directories
 from gsae.train.parts import find_stretch, record_waiting, remove_finished_parts, require_same_parts
 from gsae.train.pilot import find_lambdas, require_same_pilots
 from gsae.train.plan import BankSpec, by_site, outline, plan_banks
+from gsae.train.probe import Evaluate, Probe
 from gsae.train.saving import Background, Saver
 from gsae.train.stop import StopOnRequest, StopRequest
 from gsae.train.trackers import tracked
@@ -33,8 +35,13 @@ from gsae.world import Group, World, lanes_of
 from gsae.world.tracking import require_trackers
 
 
-def run_train(config: Config, world: World) -> None:
+def run_train(config: Config, world: World, make_probe: Callable[[], Probe] | None = None) -> None:
     """Train every run that the config asks for and that is not finished yet.
+
+    Args:
+        config: the settings.
+        world: the ranks.
+        make_probe: makes what evaluates runs while they train, on all ranks together; None for nothing.
 
     Raises:
         StoreError: the store is missing, not whole, or of another number of lanes.
@@ -59,12 +66,13 @@ def run_train(config: Config, world: World) -> None:
                 banks = plan_banks(config, outline(manifest))
             banks = world.everyone.on_first(lambda: prepare_directories(config, manifest, banks))
             world.everyone.on_first(lambda: require_same_pilots(config, manifest, banks))
+            probe = None if make_probe is None else make_probe()
         # In what is written the store stays where it is, also where it is read through a mirror.
         local = replace(config, harvest=replace(config.harvest, store=str(store)))
         sites, has_ended = by_site(banks), True
         while has_ended and (ticket := world.next_ticket("sites")) < len(sites):
             for bank in sites[ticket]:
-                has_ended = has_ended and _train_runs(local, manifest, bank, world, console, request, background, beats)
+                has_ended = has_ended and _train_runs(local, manifest, bank, world, console, request, background, beats, probe)
             if has_ended and request.is_made(world.group)[0]:
                 has_ended = False
                 request.record(world.group, bank.site, bank.total_steps)
@@ -117,11 +125,12 @@ def _train_runs(
     request: StopRequest,
     background: Background,
     beats: Heartbeat,
+    probe: Probe | None,
 ) -> bool:
     """Find the lambdas that are missing and train the runs of one bank; as `_train_bank`."""
 
     def train_bank(settings: Config, bank: BankSpec) -> bool:
-        return _train_bank(settings, manifest, bank, world, console, request, background, beats)
+        return _train_bank(settings, manifest, bank, world, console, request, background, beats, probe)
 
     if any(run.lambda_ is None for run in spec.runs):
         found = find_lambdas(config, manifest, spec, world.group, train_bank, beats, lambda line: _say(line, spec, world.group, console))
@@ -145,6 +154,7 @@ def _train_bank(
     request: StopRequest,
     background: Background,
     beats: Heartbeat,
+    probe: Probe | None,
 ) -> bool:
     """Train the runs of one site to their end, or as far as the parts of the store go; False when a request stopped it before."""
     group, site = world.group, manifest.sites[spec.site]
@@ -174,7 +184,9 @@ def _train_bank(
         every = config.train.keep_every
         saver = Saver(background, Keep(config.train.keep_checkpoints, every and every * interval), beats)
         log = Log(view, saver)
-        chores: list[Chore] = [log, ChooseStep(), Resample(bank, view), SaveCheckpoints(saver), StopOnRequest(request, log, saver)]
+        evaluations: list[Chore] = [] if probe is None else [Evaluate(probe, view, beats)]
+        after: list[Chore] = [SaveCheckpoints(saver), StopOnRequest(request, log, saver)]
+        chores: list[Chore] = [log, ChooseStep(), Resample(bank, view), *evaluations, *after]
         while stretch is not None:
             bank.stretch = with_beats(stretch, beats)
             train(bank, chores)
