@@ -26,6 +26,7 @@ STAGES = {
     "harvest": "run the LLM over the training text and store its activations",
     "train": "train the SAEs of a store's sites",
     "evaluate": "held-out text through the LLM with each SAE spliced in",
+    "features": "where features are strongest on held-out text, and the tokens that their directions promote",
     "compare": "the differences of two evaluated runs, with paired 95 % intervals, and how many directions they share",
     "report": "one page, table and plots of finished runs",
     "plan": "text, disk, memory and hours that a config will need, and what will not fit, before anything runs",
@@ -80,6 +81,8 @@ def _dispatch(words: list[str]) -> int:
         return _report(rest)
     if stage == "evaluate":
         return _evaluate(rest)
+    if stage == "features":
+        return _features(rest)
     if stage == "compare":
         return _compare(rest)
     if stage == "plan":
@@ -223,6 +226,43 @@ def _report(words: list[str]) -> int:
     page = run_report([Path(word) for word in words], output)
     sys.stdout.write(f"{page}\n")
     return 0
+
+
+def _features(words: list[str]) -> int:
+    parser = _Parser(
+        prog="gsae features", add_help=False, allow_abbrev=False, usage="gsae features CONFIG [options] [--section.field value ...]"
+    )
+    whose = "a run's name or directory, more than once for several; default: all"
+    parser.add_argument("--run", action="append", default=[], metavar="RUN", help=whose)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--features", type=_numbers, default=(), metavar="N,N,...", help="these features of each run")
+    which.add_argument("--random", type=_positive(int), default=10, metavar="N", help="so many random ones; default: %(default)s")
+    top = "contexts of each feature, and tokens its direction promotes; default: %(default)s"
+    parser.add_argument("--top", type=_positive(int), default=10, metavar="N", help=top)
+    window = "tokens on either side of a peak; default: %(default)s"
+    parser.add_argument("--window", type=_positive(int), default=12, metavar="N", help=window)
+    if any(word in ("-h", "--help") for word in words):
+        sys.stdout.write(f"{parser.format_help()}\n{config_parser('features').format_help()}")
+        return 0
+    try:
+        given, rest = parser.parse_known_args(words)
+        config = read_config("features", rest)
+    except ConfigError as error:
+        error.spoken_by = 0
+        raise
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from gsae import world
+    from gsae.evaluate.features import Wanted, run_features
+
+    wanted = Wanted(given.features, given.random, given.top, given.window, tuple(given.run))
+    with world.start(config.device, 1) as ranks:
+        run_features(config, ranks, wanted)
+    return 0
+
+
+def _numbers(word: str) -> tuple[int, ...]:
+    """What argparse makes of `1,5,9`."""
+    return tuple(int(part) for part in word.split(","))
 
 
 def _compare(words: list[str]) -> int:

@@ -11,10 +11,9 @@ from typing import Protocol
 import torch
 
 from gsae.config import Config
-from gsae.corpus.contexts import held_out_contexts
 from gsae.evaluate.batch import SplicedRun, cut_batches
 from gsae.evaluate.reconstruction import reconstruction_metrics
-from gsae.evaluate.run import evaluate_batches, require_same_source, spliced_site
+from gsae.evaluate.run import evaluate_batches, require_same_source, share_contexts, spliced_site
 from gsae.evaluate.splice import splice_metrics
 from gsae.llm.load import describe, load
 from gsae.sae.objective import SAE
@@ -56,10 +55,8 @@ class Probe:
             self._manifest = load_manifest(store_of(config))
             require_same_source(config, self._manifest, describe(config.llm))
             self._llm = load(replace(config.llm, sharding="replicate", offload=False), world.device)
-        length, packed = self._manifest.context_length, self._manifest.identity.get("packed", True)
         settings = replace(config.evaluate, max_tokens=config.train.evaluate_tokens, min_documents=1)
-        tokenizer = self._llm.tokenizer
-        contexts = world.everyone.on_first(lambda: held_out_contexts(config.corpus, settings, tokenizer, length, packed))
+        contexts = share_contexts(config, settings, self._manifest, self._llm, world.everyone)
         self._batches = cut_batches(contexts, settings.batch_contexts)
 
     @torch.no_grad()

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from gsae.config import Config
+from gsae.config import Config, EvaluateConfig
 from gsae.console import Console, open_console
-from gsae.corpus.contexts import held_out_contexts
+from gsae.corpus.contexts import Context, held_out_contexts
 from gsae.corpus.documents import corpus_identity
 from gsae.errors import CheckpointError, ConfigError
 from gsae.evaluate.batch import BatchSums, SpliceChecks, SplicedRun, SplicedSite, cut_batches, documents_of_blocks, evaluate_batch
@@ -114,9 +114,8 @@ def run_evaluate(config: Config, world: World) -> None:
         console.warn("evaluation runs parts of the LLM by themselves, so each rank holds it whole, whatever llm.sharding says")
     with everyone.together():
         llm = load(replace(config.llm, sharding="replicate", offload=False), world.device)
-        sites = _load_sites(plan, llm, world.device)
-    length, packed = plan.manifest.context_length, plan.manifest.identity.get("packed", True)
-    contexts = everyone.on_first(lambda: held_out_contexts(config.corpus, config.evaluate, llm.tokenizer, length, packed))
+        sites = load_sites(plan.manifest, plan.pending, llm, world.device)
+    contexts = share_contexts(config, config.evaluate, plan.manifest, llm, everyone)
     batches = cut_batches(contexts, config.evaluate.batch_contexts)
     console.say(
         f"evaluate: {len(plan.pending)} runs at {len(sites)} sites on {len(contexts)} contexts; {plan.num_done} runs have results already"
@@ -161,17 +160,23 @@ def require_same_source(config: Config, manifest: Manifest, info: LLMInfo) -> No
             )
 
 
-def _load_sites(plan: Plan, llm: LLM, device: torch.device) -> list[SplicedSite]:
-    """The sites of the pending runs in layer order, each with its SAEs on the device."""
+def share_contexts(config: Config, settings: EvaluateConfig, manifest: Manifest, llm: LLM, everyone: Group) -> list[Context]:
+    """The contexts of held-out text, found by the first rank, on all ranks."""
+    length, packed = manifest.context_length, manifest.identity.get("packed", True)
+    return everyone.on_first(lambda: held_out_contexts(config.corpus, settings, llm.tokenizer, length, packed))
+
+
+def load_sites(manifest: Manifest, trained: Sequence[TrainedRun], llm: LLM, device: torch.device) -> list[SplicedSite]:
+    """The sites of some runs in layer order, each with its SAEs on the device."""
     sites = []
-    for name in plan.manifest.sites:
+    for name in manifest.sites:
         runs = tuple(
             SplicedRun(run.name, read_sae(run.checkpoint).sae.to(device).requires_grad_(False), run.description["scale"])
-            for run in plan.pending
+            for run in trained
             if run.description["site"] == name
         )
         if runs:
-            sites.append(spliced_site(plan.manifest, name, llm, runs, device))
+            sites.append(spliced_site(manifest, name, llm, runs, device))
     return sites
 
 
