@@ -43,6 +43,8 @@ class Comparison:
     site: str
     metrics: dict[str, Difference]
     """By name."""
+    has_same_start: bool
+    """Whether both began at the same random directions, so that a match says less than between seeds."""
     first_in_second: Match | None
     """The first run's directions among the second's."""
     second_in_first: Match | None
@@ -117,23 +119,31 @@ def compare(first: Evaluated, second: Evaluated) -> Comparison:
         second=second.description["name"],
         site=sites[0],
         metrics=found,
+        has_same_start=_start_of(first) is not None and _start_of(first) == _start_of(second),
         first_in_second=match(first.directions, second.directions),
         second_in_first=match(second.directions, first.directions),
     )
 
 
+def _start_of(each: Evaluated) -> tuple[int, int] | None:
+    """What its random directions were drawn by; None where that is not known."""
+    description = each.description
+    return None if description.get("guest") else (description["seed"], description["num_features"])
+
+
 def _show(found: Comparison, console: RichConsole) -> None:
-    console.print(f"{found.site}: {found.second} against {found.first}")
-    table = Table("metric", *(found.first, found.second), "difference", "95 %, paired")
+    console.print(f"{found.site}\nfirst:  {found.first}\nsecond: {found.second}")
+    table = Table("metric", "first", "second", "difference", "95 %, paired")
     for name, each in found.metrics.items():
         within = "none" if each.interval is None else f"{each.interval.low:+.4g} to {each.interval.high:+.4g}"
         table.add_row(name, f"{each.first:.4g}", f"{each.second:.4g}", f"{each.difference:+.4g}", within)
     console.print(table)
-    table = Table("directions of", "seen features", "mean largest cosine", "median", "p10", "above 0.9", "random directions")
-    for name, matched in ((found.first, found.first_in_second), (found.second, found.second_in_first)):
+    console.print("largest cosine of each direction seen with any of the other's, and by chance")
+    table = Table("of", "features", "mean", "median", "p10", "above 0.9", "chance")
+    for name, matched in (("first", found.first_in_second), ("second", found.second_in_first)):
         if matched is not None:
             cosines = (f"{value:.3f}" for value in (matched.mean, matched.median, matched.p10))
-            table.add_row(
-                f"{name} in the other", str(matched.features), *cosines, f"{matched.share_above_0_9:.1%}", f"{matched.random_mean:.3f}"
-            )
+            table.add_row(name, str(matched.features), *cosines, f"{matched.share_above_0_9:.1%}", f"{matched.random_mean:.3f}")
     console.print(table)
+    if found.has_same_start:
+        console.print("both began at the same random directions: compare runs of other seeds to learn which directions are found again")

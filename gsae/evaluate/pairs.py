@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +21,7 @@ from gsae.evaluate.sums import RunSums, SiteSums
 from gsae.store.durable import write_aside
 
 BLOCKS_FILE = "blocks.safetensors"
+CHANCE_SEED = 0x6A5E
 COMPARED = ("loss_recovered", "delta_ce", "kl", "fvu", "l0", "cosine", "gamma")
 """Metrics whose differences are given."""
 
@@ -119,9 +121,10 @@ def match(W_dec: Float[Tensor, "features d_model"], other: Float[Tensor, "others
     """Match each direction with the nearest of the other SAE's; several may have the same. None without directions."""
     if not len(W_dec) or not len(other):
         return None
-    generator = torch.Generator().manual_seed(0)
     cosines = _largest_cosines(W_dec, other)
-    by_chance = _largest_cosines(W_dec, torch.randn(other.shape, generator=generator).to(other))
+    # Not by torch from a small seed: SAEs begin at such directions, and stay near them.
+    random = np.random.default_rng(CHANCE_SEED).standard_normal(tuple(other.shape), dtype=np.float32)
+    by_chance = _largest_cosines(W_dec, torch.from_numpy(random).to(other))
     return Match(
         features=len(W_dec),
         mean=cosines.mean().item(),

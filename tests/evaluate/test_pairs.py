@@ -5,6 +5,7 @@ import torch
 
 from gsae.evaluate.pairs import BlockSums, differences, match, read_blocks, write_blocks
 from gsae.evaluate.sums import RunSums, SiteSums
+from gsae.sae.objective import build
 
 BLOCKS = 40
 
@@ -79,6 +80,12 @@ def test_the_same_directions_in_another_order_are_found_and_random_ones_are_not(
     found = match(directions, directions[torch.randperm(300, generator=torch.Generator().manual_seed(2))])
     assert (found.mean, found.share_above_0_9) == (pytest.approx(1), 1)
     assert 0.2 < found.random_mean < 0.5
+
+
+def test_chance_is_not_where_saes_begin():
+    """2304 random directions in 576 dimensions: the largest of as many normal cosines, about sqrt(2 ln 2304 / 576) = 0.16."""
+    directions = build("gated", 576, 2304, seed=0).W_dec.detach()
+    assert 0.13 < match(directions, directions).random_mean < 0.17
 
 
 def test_no_directions_match_nothing():

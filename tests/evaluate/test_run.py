@@ -176,6 +176,8 @@ def test_compare_shows_two_runs_of_a_site(whole, tmp_path):
     assert [found[way]["features"] for way in ("first_in_second", "second_in_first")] == [round(32 * (1 - share)) for share in seen]
     same = json.loads(compare(first, first, "--json").strip().splitlines()[-1])
     assert same["first_in_second"]["share_above_0_9"] == 1
+    assert not found["has_same_start"]
+    assert same["has_same_start"]
     assert "95 %, paired" in compare(first, second)
 
 
