@@ -156,13 +156,17 @@ def test_every_metric_agrees_with_a_slow_evaluation(dtype, tolerance):
             assert metrics(results, site, run) == pytest.approx(slow_metrics(bench, site, run), rel=tolerance, abs=tolerance)
 
 
-def test_another_batch_size_gives_the_same_numbers(bench):
-    one, all_at_once = run_batches(bench, 1), run_batches(bench, 100)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+def test_another_batch_size_gives_the_same_numbers(dtype, tolerance):
+    bench = make_bench(dtype)
+    of_size = {size: run_batches(bench, size) for size in (1, 7, 32)}
     for site in bench.sites:
         for run in site.runs:
-            assert metrics(one, site, run) == pytest.approx(metrics(all_at_once, site, run), rel=1e-9, abs=1e-9)
-            assert sum(r.firing[run.name].features for r in one).equal(all_at_once[0].firing[run.name].features)
-            assert sum(r.firing[run.name].l0_histogram for r in one).equal(all_at_once[0].firing[run.name].l0_histogram)
+            one, *others = (metrics(results, site, run) for results in of_size.values())
+            assert all(other == pytest.approx(one, rel=tolerance, abs=tolerance) for other in others)
+            for count in ("features", "l0_histogram", "gates"):
+                first, *others = (sum(getattr(r.firing[run.name], count) for r in results) for results in of_size.values())
+                assert dtype == "float32" or all(other.equal(first) for other in others)
 
 
 def test_firing_counts_and_histogram_agree_with_l0(bench):
