@@ -81,6 +81,20 @@ def test_hours_of_training_are_those_of_the_busiest_group(pipeline, capsys):
         assert json.loads(capsys.readouterr().out)["train"]["hours"] == pytest.approx(expected)
 
 
+def test_the_llm_of_evaluations_in_training_counts_in_its_memory(pipeline, capsys):
+    found = []
+    for words in ([], ["--train.evaluate_every_fraction", "0.1"]):
+        assert run(str(pipeline), *words, "--json") == 0
+        found.append(json.loads(capsys.readouterr().out))
+    without, probed = (each["train"] for each in found)
+    assert without["probe_bytes_per_rank"] == 0
+    assert probed["device_bytes_per_rank"] - without["device_bytes_per_rank"] == probed["probe_bytes_per_rank"]
+    llm = found[1]["llm"]
+    assert llm["parameters"] * 4 < probed["probe_bytes_per_rank"] < llm["evaluation_bytes_per_rank"]
+    assert run(str(pipeline), "--train.evaluate_every_fraction", "0.1") == 0
+    assert "of the LLM for train.evaluate_every_fraction" in " ".join(capsys.readouterr().out.split())
+
+
 def test_pilots_count_in_the_hours_and_the_memory(pipeline, capsys):
     sweep = {"objective": "gated", "expansions": [3], "seeds": [0, 1]}
     words = ["--train.sweeps", json.dumps([sweep]), "--train.target_l0", '{"1": [4, 8]}', "--train.sites", "[1]"]

@@ -97,12 +97,14 @@ def budget(config: Config, assumptions: Assumptions) -> Budget:
     text = read_text(config, load_tokenizer(config.llm))
     store = store_size(config, list(layers), shape.d_model, text)
     rates = TrainingRates(assumptions.ranks, assumptions.rows_per_second, assumptions.link_bytes_per_second)
-    train = training_needs(config, banks, store, rates)
+    sae_bytes = _sae_bytes(config, banks)
+    llm = llm_needs(config, shape, sites[-1].layer, len(sites), assumptions.ranks, sae_bytes)
+    train = training_needs(config, banks, store, rates, llm.evaluation_bytes_per_rank - sae_bytes)
     return Budget(
         harvest=_harvest_needs(config, text, sites, assumptions, train.visits / store.parts if store.parts > 1 else 1.0),
         store=store,
         disk=_disk(config, banks),
-        llm=llm_needs(config, shape, sites[-1].layer, len(sites), assumptions.ranks, _sae_bytes(config, banks)),
+        llm=llm,
         train=train,
         machine=this_machine(config),
         text=text,

@@ -121,6 +121,7 @@ def _train(config: Config, found: Budget) -> Iterator[str]:
     fewer = "ask for fewer runs a site, or smaller expansions, in train.sweeps"
     windows, snapshot = f"lower train.window_rows ({config.train.window_rows})", train.snapshot_bytes_per_rank
     on_device = {"lower train.micro_batch_rows": train.features_bytes_per_rank, fewer: train.state_bytes_per_rank}
+    on_device["leave out train.evaluate_every_fraction"] = train.probe_bytes_per_rank
     if machine.gpu_free_bytes:
         here = machine.ranks_here(found.llm.ranks)
         first_ranks = -(-here // train.ranks_per_group)

@@ -96,6 +96,8 @@ def _train(found: Budget) -> Iterator[Line]:
             f"at least {counted(train.pilots, 'short run')} for train.target_l0: {share:.0%} of a site's time for its runs",
         )
     parts = f"{gib(train.state_bytes_per_rank)} of weights and optimizer, {gib(train.features_bytes_per_rank)} of features"
+    if train.probe_bytes_per_rank:
+        parts += f", {gib(train.probe_bytes_per_rank)} of the LLM for train.evaluate_every_fraction"
     group = f"the largest site on {counted(train.ranks_per_group, 'rank')}"
     yield "memory", f"about {gib(train.device_bytes_per_rank)} a rank where it computes, for {group}: {parts}"
     snapshot = f"{gib(train.snapshot_bytes_per_group)} on a group's first rank for the checkpoint that is being written"

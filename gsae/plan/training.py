@@ -50,11 +50,13 @@ class TrainingNeeds:
     groups: int
     ranks_per_group: int
     device_bytes_per_rank: int
-    """For the largest bank, the runs that train together: its state and features, where it computes."""
+    """For the largest bank, the runs that train together: its state and features, where it computes, and the LLM that evaluates them."""
     state_bytes_per_rank: int
     """Weights, gradients, DDP's buffers, optimizer state and average of a bank's runs."""
     features_bytes_per_rank: int
     """One run's rows x features, in the dense step that training begins with."""
+    probe_bytes_per_rank: int
+    """The whole LLM and a batch of it, for evaluations while training goes on; 0 without them."""
     window_bytes_per_rank: int
     """Rows that are shuffled, in the host's memory."""
     snapshot_bytes_per_group: int
@@ -74,8 +76,10 @@ class TrainingNeeds:
         return self.snapshot_bytes_per_group // self.ranks_per_group
 
 
-def training_needs(config: Config, banks: Sequence[BankSpec], store: StoreSize, rates: TrainingRates) -> TrainingNeeds:
-    """What training needs."""
+def training_needs(
+    config: Config, banks: Sequence[BankSpec], store: StoreSize, rates: TrainingRates, evaluation_bytes: int
+) -> TrainingNeeds:
+    """What training needs; `evaluation_bytes` are those of the LLM and its batch where it evaluates."""
     train = config.train
     ranks_a_group = max(1, rates.ranks // train.groups)
     pilots = [pilot_needs(config, bank) for bank in banks]
@@ -83,6 +87,7 @@ def training_needs(config: Config, banks: Sequence[BankSpec], store: StoreSize, 
     largest = max(banks, key=_num_parameters)
     state = state_bytes(train, max(parameters))
     rows = -(-train.batch_rows // ranks_a_group)
+    probe = 0 if train.evaluate_every_fraction is None else evaluation_bytes
     features = max(step_bytes(train, run, rows) for bank in banks for run in bank.runs)
     used_rows = min(store.rows_per_site, train.max_rows or store.rows_per_site)
     rows_a_part = used_rows // store.parts
@@ -103,9 +108,10 @@ def training_needs(config: Config, banks: Sequence[BankSpec], store: StoreSize, 
         visits=1 if store.parts == 1 else -(-total_rows // rows_a_visit),
         groups=train.groups,
         ranks_per_group=ranks_a_group,
-        device_bytes_per_rank=state + features,
+        device_bytes_per_rank=state + features + probe,
         state_bytes_per_rank=state,
         features_bytes_per_rank=features,
+        probe_bytes_per_rank=probe,
         window_bytes_per_rank=WINDOWS * window,
         snapshot_bytes_per_group=max(snapshot_bytes(train, bank.runs, size) for bank, size in zip(banks, parameters, strict=True)),
         communication=communication(config, largest, ranks_a_group, rates.link_bytes_per_second),

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import small_settings, write_config, write_text
 from made_up_run import D_MODEL, FEATURES, MadeUpRun, as_trained, raw_rows
+from ranks import run_gsae
+from untrained import write_run
 
 import gsae
 from gsae.errors import CheckpointError
 from gsae.exchange.export import run_export
 from gsae.exchange.importing import run_import
 from gsae.sae.objective import SAE_CLASS
+from gsae.store import manifest
 
 WHERE = "bash launch/test_interop.sh runs this with the real packages"
 sae_lens = pytest.importorskip("sae_lens", reason=WHERE)
@@ -137,3 +141,27 @@ def test_what_saelens_cannot_give_exactly_is_refused(tmp_path):
         with pytest.raises(CheckpointError, match=message):
             run_import(tmp_path / name, tmp_path / "ours", None)
     assert not (tmp_path / "ours").exists()
+
+
+def test_their_saes_are_evaluated_beside_ours(tmp_path):
+    """Saved by their own code, in the same table on the same rows."""
+    from dictionary_learning.trainers.gdm import GatedSAETrainer
+
+    write_text(tmp_path / "text", num_documents=60)
+    config = write_config(tmp_path / "config.yaml", small_settings(tmp_path))
+    run_gsae(1, ["harvest", config])
+    write_run(tmp_path / "runs", manifest.load(tmp_path / "runs/store"), "resid.1", "gated", seed=0)
+    kind, settings = sae_lens.registry.get_sae_class("gated")
+    metadata = sae_lens.saes.sae.SAEMetadata(hook_name="blocks.1.hook_resid_post")
+    randomise(kind(settings(d_in=16, d_sae=32, metadata=metadata))).save_model(tmp_path / "theirs")
+    names = {"layer": 1, "lm_name": "owner/llama", "submodule_name": "resid_post_layer_1", "device": "cpu"}
+    trainer = GatedSAETrainer(steps=20_000, activation_dim=16, dict_size=32, **names)
+    (tmp_path / "theirs too").mkdir()
+    torch.save(randomise(trainer.ae).state_dict(), tmp_path / "theirs too" / "ae.pt")
+    (tmp_path / "theirs too" / "config.json").write_text(json.dumps({"trainer": trainer.config}))
+    run_gsae(2, ["evaluate", config, "--sae", tmp_path / "theirs", "--sae", tmp_path / "theirs too"])
+    found = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "runs/resid.1").rglob("results.json")}
+    assert set(found) == {"gated-m32-l0.1-s0", "saelens-theirs", "dictionary_learning-theirs-too"}
+    assert len({json.dumps(results["counts"]) for results in found.values()}) == 1
+    assert len({results["metrics"]["ce_zero"] for results in found.values()}) == 1
+    assert len({results["metrics"]["fvu"] for results in found.values()}) == 3
