@@ -26,6 +26,7 @@ from gsae.store.durable import write_aside
 
 _INK, _MUTED, _RULE, _SURFACE = "#1d2329", "#667080", "#e2e5e9", "#fefefe"
 _COLOURS = {"relu": "#7a8491", "gated": "#2b64c5", "gated-no-aux": "#bd6a14", "gated-norm-weighted": "#20856c"}
+_GUEST_MARKERS = {"saelens": "P", "dictionary_learning": "X"}
 _MARKERS = {"relu": "o", "gated": "s", "gated-no-aux": "^", "gated-norm-weighted": "D"}
 _THEME = {
     _INK: "--ink",
@@ -214,7 +215,8 @@ def _line_look(run: Run) -> dict[str, Any]:
 def _marker_look(run: Run) -> dict[str, Any]:
     colour = _colour(run)
     face = _SURFACE if run.resampling else mpl.colors.to_rgba(colour, _PALE) if run.pre_activation_loss else colour
-    return {"marker": _MARKERS.get(run.objective, "v"), "markersize": 6, "markeredgecolor": colour, "markerfacecolor": face}
+    marker = _GUEST_MARKERS.get(run.library, "p") if run.library else _MARKERS.get(run.objective, "v")
+    return {"marker": marker, "markersize": 6, "markeredgecolor": colour, "markerfacecolor": face}
 
 
 def _strength(run: Run, runs: Sequence[Run]) -> float:

@@ -122,13 +122,13 @@ class Run:
         return (
             self.layer,
             self.site,
+            self.library or "",  # guests come last
             rank,
             self.objective,
             self.resampling,
             self.pre_activation_loss,
             self.num_features,
             self.lambda_ or 0.0,
-            self.library or "",
             self.seed,
             str(self.directory),
         )
