@@ -265,6 +265,9 @@ def _numbers(word: str) -> tuple[int, ...]:
     return tuple(int(part) for part in word.split(","))
 
 
+_numbers.__name__ = "list of numbers"
+
+
 def _compare(words: list[str]) -> int:
     parser = _Parser(
         prog="gsae compare",

@@ -52,14 +52,14 @@ class Strongest:
         positions: Int[Tensor, "contexts length"],
         first_context: int,
     ) -> None:
-        """Look at a batch, whose first context is number `first_context`."""
+        """Look at a batch, whose first context is number `first_context`; batches come in order."""
         f = torch.where(kept[..., None], f, 0.0).cpu()
         kept, starts = kept.cpu(), _segment_starts(positions.cpu())
         largest = f.amax(1)
         columns = (f == largest[:, None]).int().argmax(1)
         for feature, peaks in enumerate(self.peaks):
             least = peaks[-1].activation if len(peaks) == self._count else 0.0
-            candidates = (largest[:, feature] >= max(least, torch.finfo(f.dtype).tiny)).nonzero()[:, 0].tolist()
+            candidates = (largest[:, feature] > least).nonzero()[:, 0].tolist()
             for row in candidates:
                 of_row = _Row(f[row, :, feature], kept[row], starts[row])
                 peaks.append(self._peak(of_row, first_context + row, int(columns[row, feature])))

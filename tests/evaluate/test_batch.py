@@ -18,7 +18,7 @@ from gsae.evaluate.reconstruction import reconstruction_metrics
 from gsae.evaluate.splice import splice_metrics
 from gsae.llm.load import LLM, load
 from gsae.llm.rows import candidates, special_tokens
-from gsae.llm.site import Site, Tail, capture, substitute
+from gsae.llm.site import Site, Tail, capture
 from gsae.sae.objective import SAE, build
 from gsae.store.encoding import encode
 
@@ -71,6 +71,23 @@ def bench() -> Bench:
     return make_bench("float64")
 
 
+def residual_stream(llm: LLM, layer: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The output of a layer in a whole forward of one context, by transformers' own means."""
+    with torch.no_grad():
+        found = llm.model(input_ids=tokens, position_ids=positions, use_cache=False, output_hidden_states=True)
+    return found.hidden_states[layer + 1][0]
+
+
+def logits_with(llm: LLM, layer: int, tokens: torch.Tensor, positions: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The logits of a whole forward in which a layer's output is another, by torch's own hook."""
+    handle = llm.model.model.layers[layer].register_forward_hook(lambda module, args, output: value[None].to(output.dtype))
+    try:
+        with torch.no_grad():
+            return llm.model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+    finally:
+        handle.remove()
+
+
 def slow_metrics(bench: Bench, site: SplicedSite, run: SplicedRun) -> dict[str, float]:
     """All metrics of one run, from whole forwards and loops."""
     special = {bench.llm.tokenizer.bos_token_id, bench.llm.tokenizer.eos_token_id, bench.llm.tokenizer.pad_token_id}
@@ -79,7 +96,7 @@ def slow_metrics(bench: Bench, site: SplicedSite, run: SplicedRun) -> dict[str, 
     num_targets = 0
     for context in bench.contexts:
         tokens, positions = (torch.from_numpy(array).long()[None] for array in (context.tokens, context.positions))
-        x = capture(bench.llm.model, [site.site], tokens, positions)[site.site.name][0]
+        x = residual_stream(bench.llm, site.site.layer, tokens, positions)
         replaced = {name: x.clone() for name in ("spliced", "zero", "mean")}
         for t in range(len(x)):
             if context.documents[t] < 0:
@@ -98,7 +115,7 @@ def slow_metrics(bench: Bench, site: SplicedSite, run: SplicedRun) -> dict[str, 
         replaced |= {"clean": x, "zero_all_rows": torch.zeros_like(x), "mean_all_rows": site.mean.to(x).expand_as(x)}
         log_p = {}
         for name, value in replaced.items():
-            logits = substitute(bench.llm.model, site.site, tokens, positions, lambda x, value=value: value[None])
+            logits = logits_with(bench.llm, site.site.layer, tokens, positions, value)
             log_p[name] = logits[0].double().log_softmax(-1)
         for t in range(len(x) - 1):
             if context.documents[t + 1] >= 0 and context.positions[t + 1] > 0:

@@ -23,7 +23,7 @@ TARGETS = ("gsae", "saelens", "jumprelu", "dictionary_learning")
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> Path:
-    """A folder with config, store, a gated and a plain run, and a copy of each in every format that others read, all evaluated."""
+    """A folder with config, store, a gated and a plain run, and copies of each in every format, all evaluated."""
     folder = tmp_path_factory.mktemp("guests")
     write_text(folder / "text", num_documents=60)
     config = write_config(folder / "config.yaml", small_settings(folder))
@@ -32,6 +32,8 @@ def pipeline(tmp_path_factory) -> Path:
     words = []
     for objective in ("relu", "gated"):
         run = write_run(folder / "runs", store, "resid.1", objective, seed=0)
+        shutil.copytree(run, folder / "elsewhere" / f"{objective}-run")
+        words += ["--sae", folder / "elsewhere" / f"{objective}-run"]
         for target in TARGETS:
             if (objective, target) != ("relu", "jumprelu"):
                 words += ["--sae", run_export(str(run), target, output=folder / "exported" / f"{objective}-{target}").directory]
@@ -52,7 +54,7 @@ def test_a_copy_in_any_format_has_the_numbers_of_the_run(pipeline, objective):
         for path in runs.iterdir()
         if path.name.startswith(("gsae-", "saelens-", "dictionary_learning-")) and f"-{objective}-" in path.name
     ]
-    assert len(guests) == (4 if objective == "gated" else 3)
+    assert len(guests) == (5 if objective == "gated" else 4)
     for guest in guests:
         found = results_of(guest)
         for name, value in ours["metrics"].items():
@@ -72,7 +74,7 @@ def test_a_guest_is_not_made_again(pipeline):
     guest = runs / "saelens-gated-saelens"
     before = {path: path.stat().st_mtime_ns for path in guest.rglob("*")}
     said = run_gsae(1, ["evaluate", config, "--sae", pipeline / "exported/gated-saelens"])
-    assert "all 9 runs" in said
+    assert "all 11 runs" in said
     assert {path: path.stat().st_mtime_ns for path in guest.rglob("*")} == before
 
 
