@@ -404,7 +404,8 @@ def beat_a_little(life: Heartbeat, rank: int, folder: Path) -> None:
 @pytest.mark.parametrize(("work", "codes", "said"), [(beat_a_little, [0, 0, 0], []), (fail_on_0, [2, 2, 2], ["gsae: lane 7 is damaged"])])
 def test_a_first_rank_that_holds_the_rendezvous_leaves_when_the_others_know_how_it_ended(tmp_path, work, codes, said):
     with ranks.started(3, command_on_tcp_of_first, work, tmp_path) as started:
-        assert started.wait(30) == codes
+        found = started.wait(30)
+        assert found == codes, [started.output(rank) for rank in range(3)]
         assert complaints(started) == said
 
 
