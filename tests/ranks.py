@@ -90,5 +90,6 @@ def _be_rank(rank: int, size: int, rendezvous: str, log: str, work: Callable[...
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), OMP_NUM_THREADS="1")
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+    dist.barrier()  # one that leaves while others still connect to it ends them
     work(*arguments)
     sys.stdout.flush()

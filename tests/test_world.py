@@ -2,8 +2,13 @@
 
 import contextlib
 import copy
+import os
+import socket
 import threading
 import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks
@@ -131,6 +136,28 @@ def check_too_many_groups() -> None:
         world.start("cpu", num_groups=3),
     ):
         pass
+
+
+def join_in_turn(folder: Path, port: int) -> None:
+    rank, join = dist.get_rank(), dist.init_process_group
+    dist.destroy_process_group()
+
+    def slow(*arguments: Any, **settings: Any) -> None:
+        join(*arguments, **settings)
+        if rank == 1:
+            time.sleep(1)
+            (folder / "joined").touch()
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group = slow
+    world._join("gloo", timedelta(seconds=30))
+    assert (folder / "joined").exists()
+
+
+def test_no_rank_goes_on_before_all_have_joined(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    ranks.run(2, join_in_turn, tmp_path, port)
 
 
 def test_groups_must_divide_the_ranks():

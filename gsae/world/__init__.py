@@ -112,6 +112,8 @@ def _join(backend: str, timeout: timedelta) -> None:
     choose_interface()
     try:
         dist.init_process_group(backend, timeout=timeout)
+        # A rank that ends at once, over a mistake in the config, would break off what others still connect to it with.
+        dist.all_reduce(torch.zeros(1))
     except RuntimeError as error:
         if "gloo" not in str(error).lower():
             raise
