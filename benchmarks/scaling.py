@@ -42,6 +42,7 @@ from gsae.plan.communication import communication
 from gsae.store import manifest as manifests
 from gsae.store.durable import write_json_atomically
 from gsae.store.runs import METRICS_FILE, RUN_FILE
+from gsae.store.stopping import StopRequest
 from gsae.store.stream import Batch, Stream
 from gsae.train.bank import Bank, Chore, Stretch, make_run, train, train_step
 from gsae.train.checkpoint import Keep
@@ -50,7 +51,7 @@ from gsae.train.parts import find_stretch
 from gsae.train.plan import BankSpec, RunSpec, outline, plan_banks
 from gsae.train.saving import Background, Saver
 from gsae.train.step import update
-from gsae.train.stop import StopOnRequest, StopRequest
+from gsae.train.stop import StopOnRequest
 from gsae.world import Group, World, cut_into_groups, start
 
 LEARNING_RATE = 1e-9  # so small that the number of open gates stays what it is
@@ -151,7 +152,7 @@ def all_chores(bank: Bank, world: World) -> Iterator[list[Chore]]:
     """Those of a training, in its order."""
     folder, names = bank.runs[0].directory.parent, [run.spec.name for run in bank.runs]
     with (
-        StopRequest(folder).listening() as request,
+        StopRequest("train", folder).listening() as request,
         Background() as background,
         heartbeat(world, 600) as beats,
         open_console(False).training(bank.spec.site, names, bank.spec.total_rows, False) as view,

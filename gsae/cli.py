@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from gsae import __version__
 from gsae.config import Config, HarvestConfig, TrainConfig
+from gsae.console import complain, divert
 from gsae.errors import ConfigError, GsaeError
 from gsae.settings import config_parser, read_config
 
@@ -29,6 +30,7 @@ STAGES = {
     "features": "where features are strongest on held-out text, and the tokens that their directions promote",
     "compare": "the differences of two evaluated runs, with paired 95 % intervals, and how many directions they share",
     "report": "one page, table and plots of finished runs",
+    "status": "how far each stage of a config is",
     "plan": "text, disk, memory and hours that a config will need, and what will not fit, before anything runs",
     "verify": "check a store or a run directory byte for byte; --repair takes out of a store what is broken",
     "inspect": "norms, dropped tokens, lanes and mixing of a store, and a picture of its norms",
@@ -41,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        divert(int(os.environ.get("RANK", "0")))
         sys.exit(_dispatch(words))
     except GsaeError as error:
         _complain(str(error), error.spoken_by)
@@ -59,9 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _complain(message: str, spoken_by: int | None) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if spoken_by in (None, rank):
-        where = f"rank {rank}: " if rank else ""
-        sys.stderr.write(f"gsae: {where}{' '.join(message.split())}\n")
-        sys.stderr.flush()
+        complain(message)
     else:
         # The launcher ends all ranks when the first one exits: that must be the one that speaks.
         time.sleep(SPEAKING_SECONDS)
@@ -85,6 +86,8 @@ def _dispatch(words: list[str]) -> int:
         return _features(rest)
     if stage == "compare":
         return _compare(rest)
+    if stage == "status":
+        return _status(rest)
     if stage == "plan":
         return _plan(rest)
     if stage == "verify":
@@ -164,6 +167,27 @@ def _stage_of_config(stage: str, words: list[str], before: Callable[[Config], No
     return 0
 
 
+def _status(words: list[str]) -> int:
+    parser = _Parser(
+        prog="gsae status", add_help=False, allow_abbrev=False, usage="gsae status CONFIG [options] [--section.field value ...]"
+    )
+    parser.add_argument("--stage", choices=("harvest", "train", "evaluate"), help="this stage alone")
+    brief = "for scripts: its state (ended, stopped, waiting, unfinished), a word that changes with its progress, when it was stopped"
+    parser.add_argument("--brief", action="store_true", help=brief)
+    if any(word in ("-h", "--help") for word in words):
+        sys.stdout.write(f"{parser.format_help()}\n{config_parser('status').format_help()}")
+        return 0
+    given, rest = parser.parse_known_args(words)
+    config = read_config("status", rest)
+    from gsae.status import STATUS
+
+    for stage in (given.stage,) if given.stage else STATUS:
+        found = STATUS[stage](config)
+        line = f"{found.state} {found.mark} {found.stopped_at}".rstrip() if given.brief else f"{stage:<9}{found.state:<11}{found.text}"
+        sys.stdout.write(f"{line}\n")
+    return 0
+
+
 def _plan(words: list[str]) -> int:
     parser = _Parser(prog="gsae plan", add_help=False, allow_abbrev=False, usage="gsae plan CONFIG [options] [--section.field value ...]")
     ranks = "ranks of the job; default: as many as a launcher started, or 1"
@@ -176,6 +200,9 @@ def _plan(words: list[str]) -> int:
     parser.add_argument("--rows-per-second", type=_positive(float), metavar="X", help=rows)
     link = "10^9 bytes a second that a rank sends to another of its group; adds communication to the hours of training"
     parser.add_argument("--link-gigabytes-per-second", type=_positive(float), metavar="X", help=link)
+    parser.add_argument("--slurm", action="store_true", help="suggest Slurm jobs too, as lines to type")
+    node = "GPUs of a node, for --slurm; with device: cpu, ranks of a node; default: %(default)s"
+    parser.add_argument("--gpus-per-node", type=_positive(int), default=8, metavar="N", help=node)
     parser.add_argument("--json", action="store_true", help="write one JSON object, for machines")
     if any(word in ("-h", "--help") for word in words):
         sys.stdout.write(f"{parser.format_help()}\n{config_parser('plan').format_help()}")
@@ -185,11 +212,11 @@ def _plan(words: list[str]) -> int:
     if int(os.environ.get("RANK", "0")):
         return 0  # the first rank speaks for all
     from gsae.plan.budget import Assumptions
-    from gsae.plan.run import run_plan
+    from gsae.plan.run import Submission, run_plan
 
     link_rate = None if given.link_gigabytes_per_second is None else 1e9 * given.link_gigabytes_per_second
     assumptions = Assumptions(given.ranks, given.tokens_per_second, given.rows_per_second, link_rate, given.measure)
-    run_plan(config, assumptions, as_json=given.json)
+    run_plan(config, assumptions, as_json=given.json, submission=Submission(rest, given.gpus_per_node) if given.slurm else None)
     return 0
 
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -25,6 +26,42 @@ if TYPE_CHECKING:
 _STATE_STYLES = {"waiting": "dim", "finished": "green", "stopped": "red"}
 _COLUMNS = ("rows", "rows/s", "recon.", "spars.", "aux.", "L0", "FVU", "dead", "ETA", "state")
 _WORDS = ("rows", "rows/s", "reconstruction", "sparsity", "auxiliary", "L0", "FVU", "dead", "ETA", "state")
+
+
+LOGS = "GSAE_LOGS"
+"""Environment variable: directory of a log file for each rank but the first. Slurm jobs set it."""
+_user: "TextIO | None" = None
+"""Where a diverted process still reaches the user."""
+
+
+def divert(rank: int) -> None:
+    """Keep the ranks' voices apart, where `GSAE_LOGS` names a directory: one a job reads, and what launchers say on stderr is none of them.
+
+    The first rank writes all to its stdout, every other one to `rank-<rank>.log` there; what `complain` says goes to both.
+    """
+    global _user
+    directory = os.environ.get(LOGS)
+    if not directory or _user is not None:
+        return
+    _user = os.fdopen(os.dup(1), "w")
+    if not rank:
+        os.dup2(1, 2)
+        return
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    log = os.open(Path(directory) / f"rank-{rank:04d}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.close(log)
+
+
+def complain(message: str) -> None:
+    """Tell the user what is wrong: one line on stderr that begins with `gsae:`, and with the rank where that is not the first."""
+    rank = int(os.environ.get("RANK", "0"))
+    where = f"rank {rank}: " if rank else ""
+    for stream in (sys.stderr, _user if rank else None):
+        if stream is not None:
+            stream.write(f"gsae: {where}{' '.join(message.split())}\n")
+            stream.flush()
 
 
 @dataclass(frozen=True)

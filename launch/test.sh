@@ -9,4 +9,4 @@ bash launch/setup.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile --cov --cov-report=term:skip-covered --durations=10 "$@"
+.venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered --durations=10 "$@"

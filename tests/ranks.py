@@ -41,7 +41,7 @@ class Ranks:
 
     def output(self, rank: int = 0) -> str:
         """What a rank wrote, on stdout and stderr."""
-        return self.logs[rank].read_text()
+        return self.logs[rank].read_text() if self.logs[rank].exists() else ""
 
 
 @contextmanager

@@ -15,10 +15,11 @@ MAY_IMPORT = {
     "store": FOUNDATIONS | ROOMS | {"store"},
     **{stage: FOUNDATIONS | ROOMS | {"store", stage} for stage in STAGES},
     "plan": FOUNDATIONS | ROOMS | {"store", "train", "plan"},
+    "status": FOUNDATIONS | ROOMS | {"store", "train", "evaluate"},
     "verify": FOUNDATIONS | {"store"},
     "inspect": FOUNDATIONS | {"store", "inspect"},
     "exchange": FOUNDATIONS | {"sae", "store", "exchange"},
-    "cli": FOUNDATIONS | STAGES | {"plan", "verify", "inspect", "exchange"},
+    "cli": FOUNDATIONS | STAGES | {"plan", "status", "verify", "inspect", "exchange"},
     "__main__": {"cli"},
     "__init__": {"exchange"},
 }

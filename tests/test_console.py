@@ -300,3 +300,27 @@ def test_on_a_terminal_lines_and_a_bar_from_several_threads_do_not_mix():
     said = [line for line in screens(output) if "line" in line]
     assert said == [f"line {n} of 100" for n in range(100)]
     assert output.rindex("\x1b[?25l") < output.index("\x1b[?25h") < output.index("line 0"), "a process that is killed leaves a cursor"
+
+
+DIVERTED = "from gsae import console; import os, sys; console.divert(int(os.environ['RANK'])); os.write(1, b'library\\n'); "
+DIVERTED += "os.write(2, b'warning\\n'); console.open_console(True).say('line'); console.complain('a  mistake')"
+
+
+@pytest.mark.parametrize("rank", [0, 7])
+def test_ranks_but_the_first_write_into_files_and_complain_to_the_user_too(tmp_path, rank):
+    environment = {**os.environ, "GSAE_LOGS": str(tmp_path / "logs"), "RANK": str(rank)}
+    done = subprocess.run([sys.executable, "-c", DIVERTED], capture_output=True, text=True, check=True, env=environment)
+    assert done.stderr == "", "that is where launchers speak"
+    if rank == 0:
+        assert re.sub(r"\d{4}-.*:\d\d ", "", done.stdout).splitlines() == ["library", "warning", "line", "gsae: a mistake"]
+        assert not (tmp_path / "logs").exists()
+    else:
+        assert done.stdout == "gsae: rank 7: a mistake\n"
+        log = (tmp_path / "logs" / "rank-0007.log").read_text()
+        assert re.sub(r"\d{4}-.*:\d\d ", "", log).splitlines() == ["library", "warning", "line", "gsae: rank 7: a mistake"]
+
+
+def test_without_a_directory_for_logs_nothing_is_diverted():
+    environment = {name: value for name, value in os.environ.items() if name != "GSAE_LOGS"} | {"RANK": "7"}
+    done = subprocess.run([sys.executable, "-c", DIVERTED], capture_output=True, text=True, check=True, env=environment)
+    assert done.stderr == "warning\ngsae: rank 7: a mistake\n"

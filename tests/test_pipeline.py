@@ -95,8 +95,11 @@ def test_a_mistake_under_accelerate_is_one_line_of_ours(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("script", ["setup.sh", "demo.sh", "test.sh", "pipeline.sh"])
+SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), *(ROOT / "slurm").iterdir(), ROOT / ".ci" / "run"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_scripts_pass_shellcheck(script):
     if not any((Path(folder) / "shellcheck").exists() for folder in os.environ["PATH"].split(":")):
         pytest.skip("shellcheck is not installed")
-    subprocess.run(["shellcheck", str(ROOT / "launch" / script)], check=True)
+    subprocess.run(["shellcheck", script], check=True)

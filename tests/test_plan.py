@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from gsae.plan.budget import Assumptions, Budget, budget
 from gsae.plan.limits import warnings
 from gsae.plan.machine import Machine, this_machine
 from gsae.settings import read_config
+
+ROOT = Path(__file__).parents[1]
 
 LARGE = 2**50
 
@@ -325,3 +328,74 @@ def test_help_names_the_options_and_the_settings(capsys):
     assert run("--help") == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("--ranks N", "--tokens-per-second", "--measure", "--json", "--harvest.sites"))
+
+
+def suggested(capsys, *words: str) -> dict[str, str]:
+    """The last group, by stage."""
+    assert run(*words, "--slurm") == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("slurm"))
+    return {line[9:21].strip(): line[21:] for line in lines[first:]}
+
+
+def test_slurm_jobs_for_gpus_fill_their_nodes(pipeline, capsys):
+    words = [
+        str(pipeline),
+        "--device",
+        "auto",
+        "--ranks",
+        "8",
+        "--gpus-per-node",
+        "4",
+        "--tokens-per-second",
+        "10",
+        "--rows-per-second",
+        "1",
+    ]
+    shown = suggested(capsys, *words)
+    figures, _ = planned(pipeline, ranks=8)
+    overrides = f"{pipeline} --device auto"
+    hours = 1.5 * figures.harvest.computed_tokens / 10 / 3600
+    half_hours = int(2 * hours) + 2
+    time = f"{half_hours // 2:02d}:{30 * (half_hours % 2):02d}:00"
+    assert (
+        shown["harvest"]
+        == f"sbatch --nodes=2 --gpus-per-node=4 --cpus-per-task=32 --mem=20G --time={time} slurm/harvest.sbatch {overrides}"
+    )
+    assert "--time=11:30:00 slurm/train.sbatch" in shown["train"], "2 sites of 12,800 rows at one a second, half as much again, and a bit"
+    assert "--time" not in shown["evaluate"]
+    assert shown["all stages"].startswith("bash slurm/pipeline.sh nodes=2 gpus_per_node=4 cpus_per_rank=8 ")
+    assert shown["all stages"].endswith(f"harvest.time={time} train.time=11:30:00 {overrides}")
+
+
+def test_slurm_jobs_on_cpus_count_what_they_compute_with(pipeline, capsys):
+    shown = suggested(capsys, str(pipeline), "--ranks", "6", "--gpus-per-node", "4", "--corpus.num_lanes", "6", "--train.batch_rows", "60")
+    assert "--nodes=2 " in shown["train"], "six ranks are two nodes of three"
+    assert "slurm/train.sbatch ranks_per_node=3 " in shown["train"]
+    assert "gpus" not in " ".join(shown.values())
+
+
+def test_an_evaluation_gets_no_more_nodes_than_batches(pipeline, capsys):
+    """1,500 tokens in batches of 4 contexts of 32 are 12 batches."""
+    shown = suggested(capsys, str(pipeline), "--ranks", "32", "--gpus-per-node", "8", "--corpus.num_lanes", "32")
+    assert "--nodes=4 " in shown["train"]
+    assert "--nodes=2 " in shown["evaluate"]
+    assert "harvest.nodes=4 train.nodes=4 evaluate.nodes=2" in shown["all stages"]
+
+
+def test_the_longest_job_is_a_day(pipeline, capsys):
+    assert "--time=24:00:00" in suggested(capsys, str(pipeline), "--tokens-per-second", "0.1")["harvest"]
+
+
+def test_the_suggested_words_are_settings(pipeline, capsys):
+    found = suggested(capsys, str(pipeline), "--device", "auto", "--ranks", "16", "--tokens-per-second", "10")["all stages"]
+    words = found.split()[2:]
+    script = 'source slurm/env.sh; read_settings "$@"; stage=harvest; echo "$(setting nodes) $(setting gpus_per_node) ${words[*]}"'
+    done = subprocess.run(["bash", "-c", script, "-", *words], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == f"2 8 {pipeline} --device auto\n"
+
+
+def test_slurm_jobs_are_in_the_json(pipeline, capsys):
+    assert run(str(pipeline), "--json", "--slurm", "--ranks", "2") == 0
+    jobs = json.loads(capsys.readouterr().out)["slurm"]
+    assert [(job["stage"], job["nodes"], job["ranks_per_node"]) for job in jobs] == [("harvest", 1, 2), ("train", 1, 2), ("evaluate", 1, 2)]

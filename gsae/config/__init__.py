@@ -54,7 +54,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes CUDA where there is one."""
     stall_timeout_seconds: float = 600.0
-    """A rank of a harvest or a training that has got no further for so long ends the job, and is named; so does one that died."""
+    """A rank that has got no further for so long ends the job, and is named; so does one that died."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     """The text."""
     llm: LLMConfig = field(default_factory=LLMConfig)

@@ -11,9 +11,10 @@ from typing import Protocol
 import torch
 
 from gsae.config import Config
-from gsae.evaluate.batch import SplicedRun, cut_batches
+from gsae.evaluate.batch import SplicedRun, cut_batches, documents_of_blocks
+from gsae.evaluate.progress import Progress, Totals
 from gsae.evaluate.reconstruction import reconstruction_metrics
-from gsae.evaluate.run import evaluate_batches, require_same_source, share_contexts, spliced_site
+from gsae.evaluate.run import evaluate_rounds, require_same_source, share_contexts, spliced_site
 from gsae.evaluate.splice import splice_metrics
 from gsae.llm.load import describe, load
 from gsae.sae.objective import SAE
@@ -64,7 +65,9 @@ class Probe:
         """Metrics by name of the run, None where not finite, on the group's first rank; elsewhere nothing."""
         spliced = tuple(SplicedRun(run.name, run.sae, run.scale) for run in runs)
         sites = [spliced_site(self._manifest, site, self._llm, spliced, group.device)]
-        totals = evaluate_batches(self._llm, sites, self._batches, group, check=False).totals
+        totals = Totals(documents_of_blocks(self._batches))
+        for _ in evaluate_rounds(self._llm, sites, self._batches, group, Progress(totals), check=False):
+            pass
         found: dict[str, dict[str, float | None]] = {}
         for run in runs if group.is_first else ():
             sums = totals.sites[site].total(), totals.runs[run.name].total()

@@ -1,38 +1,39 @@
 """The evaluate stage. In: the config, its store's manifest and its runs. Out: `results.json` in the directory of each run.
 
-Contexts are cut into fixed batches and batch i goes to rank i mod R. After every round of R batches the ranks' sums are added in
-batch order, so the numbers do not depend on R.
+Contexts are cut into fixed batches, and a round of R batches has one for each rank. After every round the ranks' sums are added in
+batch order, so the numbers do not depend on R, nor on a stop between two rounds (progress.py).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from gsae.config import Config, EvaluateConfig
 from gsae.console import Console, open_console
 from gsae.corpus.contexts import Context, held_out_contexts
 from gsae.corpus.documents import corpus_identity
 from gsae.errors import CheckpointError, ConfigError
-from gsae.evaluate.batch import BatchSums, SpliceChecks, SplicedRun, SplicedSite, cut_batches, documents_of_blocks, evaluate_batch
+from gsae.evaluate.batch import BatchSums, SplicedRun, SplicedSite, cut_batches, documents_of_blocks, evaluate_batch
 from gsae.evaluate.bootstrap import draw_documents
 from gsae.evaluate.density import FiringCounts
+from gsae.evaluate.progress import PROGRESS_FILE, Progress, Totals, load_progress, save_progress
 from gsae.evaluate.results import Evidence, Measured, TrainedRun, evaluation_identity, find_trained_runs, is_evaluated, write_results
 from gsae.evaluate.splice import EvaluationBatch
-from gsae.evaluate.strata import StratumSums
-from gsae.evaluate.sums import RunSums, SiteSums, Sums
+from gsae.heartbeat import Heartbeat, heartbeat
 from gsae.llm.load import LLM, LLMInfo, describe, load
 from gsae.llm.site import Site, Tail
 from gsae.sae.formats import read_sae
+from gsae.store.lease import lease
 from gsae.store.manifest import Manifest
 from gsae.store.manifest import load as load_manifest
 from gsae.store.opening import store_of
 from gsae.store.parts import WAITING_FILE
-from gsae.store.runs import STOPPED_FILE
+from gsae.store.stopping import CONTINUES, STOPPED_FILE, StopRequest, read_stop
 from gsae.world import Group, World
 
 SHOWN = {
@@ -45,7 +46,8 @@ SHOWN = {
 }
 """Metrics shown on the console, by the words they are shown with."""
 
-AnySums = TypeVar("AnySums", bound=Sums)
+SAVE_EVERY_SECONDS = 300.0
+"""How long an evaluation goes on before it saves how far it is; what is killed loses no more."""
 
 
 @dataclass(frozen=True)
@@ -61,41 +63,6 @@ class Plan:
     """Runs that have them."""
 
 
-class Totals:
-    """The sums of every block, whose documents are `documents`, over all batches so far. They are added in the order of the batches."""
-
-    def __init__(self, documents: Int[Tensor, " blocks"]) -> None:
-        self.sites: dict[str, SiteSums] = {}
-        self.runs: dict[str, RunSums] = {}
-        self.strata: dict[str, StratumSums] = {}
-        self.documents = documents
-
-    def add(self, batch: BatchSums) -> None:
-        """Add one batch's sums."""
-        self._add(self.sites, batch, batch.sites)
-        self._add(self.runs, batch, batch.runs)
-        for name, part in batch.strata.items():
-            self.strata[name] = self.strata[name] + part if name in self.strata else part
-
-    def _add(self, sums: dict[str, AnySums], batch: BatchSums, parts: Mapping[str, AnySums]) -> None:
-        for name, part in parts.items():
-            if name not in sums:
-                sums[name] = part.zeros(len(self.documents))
-            sums[name].add(batch.blocks, part)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """All batches together."""
-
-    totals: Totals
-    """On the first rank; empty on the others."""
-    firing: dict[str, FiringCounts]
-    """Of each run, over all ranks; on the CPU."""
-    checks: Mapping[str, SpliceChecks]
-    """Of each site; on the first rank."""
-
-
 def run_evaluate(config: Config, world: World) -> None:
     """Evaluate the newest checkpoint of every run below `config.output` that has no results of it yet. All ranks call this.
 
@@ -103,32 +70,88 @@ def run_evaluate(config: Config, world: World) -> None:
         CheckpointError: there is no run, or one has no whole checkpoint, or belongs to another store.
         StoreError: the store that gives the masks is not whole.
         CorpusError: the held-out text holds too few documents.
-        ConfigError: `llm.sharding` splits the LLM over ranks.
+        ConfigError: another job evaluates the same runs.
+        GsaeError: a rank failed, or got no further for stall_timeout_seconds.
     """
-    console, everyone = open_console(world.is_first), world.everyone
-    plan = everyone.on_first(lambda: _plan(config))
-    if not plan.pending:
-        console.say(f"evaluate: all {plan.num_done} runs below {config.output} have the results of their newest checkpoint")
-        return
+    console, output = open_console(world.is_first), Path(config.output)
+    with (
+        ExitStack() as holding,
+        StopRequest("evaluate", output).listening() as request,
+        heartbeat(world, config.stall_timeout_seconds, continues="the evaluation continues where it was") as beats,
+    ):
+        with beats.busy():
+            plan = world.everyone.on_first(lambda: _plan(config))
+            if not plan.pending:
+                console.say(f"evaluate: all {plan.num_done} runs below {output} have the results of their newest checkpoint")
+                return
+            holding.enter_context(lease(output, "evaluate", "output", world.everyone, console.say))
+            work = _load(config, plan, world, console)
+            world.everyone.on_first(request.forget)
+        _evaluate(config, plan, work, world, console, request, beats)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What an evaluation has in memory."""
+
+    llm: LLM
+    sites: Sequence[SplicedSite]
+    batches: Sequence[EvaluationBatch]
+
+
+def _load(config: Config, plan: Plan, world: World, console: Console) -> _Work:
     if config.llm.sharding != "replicate":
         console.warn("evaluation runs parts of the LLM by themselves, so each rank holds it whole, whatever llm.sharding says")
-    with everyone.together():
+    with world.everyone.together():
         llm = load(replace(config.llm, sharding="replicate", offload=False), world.device)
         sites = load_sites(plan.manifest, plan.pending, llm, world.device)
-    contexts = share_contexts(config, config.evaluate, plan.manifest, llm, everyone)
-    batches = cut_batches(contexts, config.evaluate.batch_contexts)
+    contexts = share_contexts(config, config.evaluate, plan.manifest, llm, world.everyone)
     console.say(
         f"evaluate: {len(plan.pending)} runs at {len(sites)} sites on {len(contexts)} contexts; {plan.num_done} runs have results already"
     )
-    with console.progress("evaluate", sum(batch.num_tokens for batch in batches), "tokens") as bar:
-        outcome = evaluate_batches(llm, sites, batches, everyone, check=True, advance=bar.advance)
-    everyone.on_first(lambda: _write(config, plan, sites, batches, outcome, console))
+    return _Work(llm, sites, cut_batches(contexts, config.evaluate.batch_contexts))
+
+
+def _evaluate(config: Config, plan: Plan, work: _Work, world: World, console: Console, request: StopRequest, beats: Heartbeat) -> None:
+    """Evaluate from the first batch, or where an earlier evaluation of the same ended, to the last, or to a stop."""
+    everyone, path = world.everyone, Path(config.output) / PROGRESS_FILE
+    weights = {run.name: {"step": run.step, "sae_sha256": run.sae_sha256} for run in plan.pending}
+    identity = {"evaluation": plan.identity, "runs": weights}
+    documents = documents_of_blocks(work.batches)
+    progress = load_progress(path, identity, documents, world.device) if everyone.is_first else None
+    progress = progress or Progress(Totals(documents))
+    progress.num_batches = everyone.broadcast_object(progress.num_batches)
+    tokens = [batch.num_tokens for batch in work.batches]
+    done = sum(tokens[: progress.num_batches])
+    if done:
+        console.say(f"evaluate: continues at batch {progress.num_batches} of {len(tokens)}")
+    saved_at = time.monotonic()
+    is_to_stop = False
+    with console.progress("evaluate", sum(tokens), "tokens", done) as bar:
+        for num_tokens in evaluate_rounds(work.llm, work.sites, work.batches, everyone, progress, check=True):
+            beats.beat(turns=1, batches=everyone.size)
+            bar.advance(num_tokens)
+            is_to_stop, is_due = request.is_made(everyone, int(time.monotonic() - saved_at > SAVE_EVERY_SECONDS))
+            if progress.num_batches < len(tokens) and (is_to_stop or is_due):
+                with beats.busy():
+                    save_progress(path, progress, identity, everyone)
+                saved_at = time.monotonic()
+            if is_to_stop:
+                break
+    if progress.num_batches < len(tokens):
+        everyone.on_first(lambda: request.record(batches=progress.num_batches))
+        console.say(f"evaluate: {CONTINUES} ({Path(config.output) / STOPPED_FILE})")
+        return
+    with beats.busy():
+        firing = progress.reduced_firing(everyone)
+        everyone.on_first(lambda: _write(config, plan, work, progress, firing, console))
+        everyone.on_first(lambda: path.unlink(missing_ok=True))
 
 
 def _plan(config: Config) -> Plan:
     manifest, info = load_manifest(store_of(config)), describe(config.llm)
     require_same_source(config, manifest, info)
-    if (Path(config.output) / STOPPED_FILE).exists():
+    if (stop := read_stop(Path(config.output))) is not None and stop.stage == "train":
         raise CheckpointError(
             f"the training below {config.output} was stopped before its end; run gsae train again, or delete its {STOPPED_FILE}"
         )
@@ -187,62 +210,59 @@ def spliced_site(manifest: Manifest, name: str, llm: LLM, runs: tuple[SplicedRun
     return SplicedSite(site, Tail(llm.model, site), described.mean.to(device), described.max_norm, manifest.dtype, runs)
 
 
-def evaluate_batches(
+def evaluate_rounds(
     llm: LLM,
     sites: Sequence[SplicedSite],
     batches: Sequence[EvaluationBatch],
     everyone: Group,
+    progress: Progress,
     *,
     check: bool,
-    advance: Callable[[int], None] = lambda tokens: None,
-) -> Outcome:
-    """All batches, one a rank at a time; a round ends when every rank's sums are added.
+) -> Iterator[int]:
+    """The batches that are not in `progress` yet, one a rank at a time; a round ends when every rank's sums are added to it.
 
     Args:
         llm: the whole LLM, on each rank.
         sites: in layer order.
         batches: all of them, on each rank.
         everyone: the ranks that share them.
+        progress: where it begins; it holds all of each round when that ends.
         check: whether splicing is checked on the first batch.
-        advance: told of the tokens of each round.
+
+    Yields:
+        The tokens of each round.
     """
     device = everyone.device
-    totals = Totals(documents_of_blocks(batches))
-    firing = {run.name: FiringCounts.none(run.sae.num_features, device) for site in sites for run in site.runs}
-    checks: Mapping[str, SpliceChecks] = {}
-    for start in range(0, len(batches), everyone.size):
+    none = {run.name: FiringCounts.none(run.sae.num_features, device) for site in sites for run in site.runs}
+    progress.firing = none | progress.firing
+    while progress.num_batches < len(batches):
+        start = progress.num_batches
         round_of_batches = batches[start : start + everyone.size]
         sums: BatchSums | None = None
         with everyone.together():
             if everyone.rank < len(round_of_batches):
                 batch = round_of_batches[everyone.rank].to(device)
                 result = evaluate_batch(llm, sites, batch, check=check and start + everyone.rank == 0)
-                sums, checks = result.sums, checks or result.checks
-                firing = {name: counts + result.firing[name] for name, counts in firing.items()}
+                sums, progress.checks = result.sums, progress.checks or result.checks
+                progress.firing = {name: counts + result.firing[name] for name, counts in progress.firing.items()}
         for part in everyone.gather_objects(sums):
             if part is not None and everyone.is_first:
-                totals.add(part)
-        advance(sum(batch.num_tokens for batch in round_of_batches))
-    reduced = {
-        name: FiringCounts(*(everyone.reduce(part, "sum").cpu() for part in (each.features, each.l0_histogram, each.gates)))
-        for name, each in firing.items()
-    }
-    return Outcome(totals, reduced, checks)
+                progress.totals.add(part)
+        progress.num_batches += len(round_of_batches)
+        yield sum(batch.num_tokens for batch in round_of_batches)
 
 
-def _write(
-    config: Config, plan: Plan, sites: Sequence[SplicedSite], batches: Sequence[EvaluationBatch], outcome: Outcome, console: Console
-) -> None:
-    totals, settings = outcome.totals, config.evaluate
+def _write(config: Config, plan: Plan, work: _Work, progress: Progress, firing: Mapping[str, FiringCounts], console: Console) -> None:
+    totals, settings = progress.totals, config.evaluate
     draws = draw_documents(int(totals.documents.max()) + 1, settings.bootstrap_draws, settings.seed)
-    num_contexts, num_tokens = sum(len(batch.tokens) for batch in batches), sum(batch.num_tokens for batch in batches)
-    evidence = Evidence(plan.identity, num_contexts, num_tokens, totals.documents, draws, outcome.checks)
-    for site in sites:
+    num_contexts, num_tokens = sum(len(batch.tokens) for batch in work.batches), sum(batch.num_tokens for batch in work.batches)
+    evidence = Evidence(plan.identity, num_contexts, num_tokens, totals.documents, draws, progress.checks)
+    for site in work.sites:
         for spliced in site.runs:
             run = next(run for run in plan.pending if run.name == spliced.name)
             name = site.site.name
             sums = totals.sites[name], totals.runs[run.name]
             strata = totals.strata[name], totals.strata[run.name]
-            metrics = write_results(run, Measured(sums, strata, outcome.firing[run.name], spliced.sae, site.max_norm), evidence)
+            metrics = write_results(run, Measured(sums, strata, firing[run.name], spliced.sae, site.max_norm), evidence)
             shown = ", ".join(f"{word} {metrics[key]:.4g}" for word, key in SHOWN.items() if metrics[key] is not None)
             console.say(f"{run.name}: {shown}")

@@ -42,7 +42,8 @@ def harvest_lanes(
     logs: Sequence[ProgressLog],
     group: Group,
     beats: Heartbeat,
-) -> None:
+    is_to_stop: Callable[[], bool],
+) -> bool:
     """Harvest what the lanes of this rank lack: the next shard's text is read, and the last rows are written, while the LLM computes.
 
     All ranks call this. Counted are `tokens` computed, and `shards` and `bytes` on the disk.
@@ -56,6 +57,10 @@ def harvest_lanes(
         logs: of this rank's lanes.
         group: all ranks.
         beats: this rank's sign of life.
+        is_to_stop: asked before each shard.
+
+    Returns:
+        Whether all that was missing is there: False when it was stopped before.
     """
     limit = shards_a_lane(config)
     missing = [LaneShards(log, llm.tokenizer, config, limit) for log in logs]
@@ -73,7 +78,12 @@ def harvest_lanes(
         _set_at_end(abandoned),  # the reader is waited for, and a failure here is not to wait until it has found the next shard
         ShardWriter(store, [site.name for site in layout.sites], layout.d_model, beats) as writer,
     ):
+        is_whole = True
         for shard in read_ahead(pending_shards(missing, pieces), reader):
+            if is_to_stop():
+                abandoned.set()  # the reader is at the next one
+                is_whole = False
+                break
             writer.begin(shard)
             for batch in llm_batches(shard.contexts, config.harvest.batch_contexts, llm):
                 lockstep.before_forward()
@@ -81,6 +91,7 @@ def harvest_lanes(
                 beats.beat(tokens=batch.tokens.numel())
             writer.end()
         lockstep.finish()
+    return is_whole
 
 
 class _AbandonedError(Exception):

@@ -6,6 +6,7 @@ manifest written. What is written depends on neither the number of ranks nor on 
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -26,10 +27,12 @@ from gsae.llm.packing import prove_packing
 from gsae.llm.site import resolve_sites
 from gsae.store import finish, manifest
 from gsae.store.durable import require_writable
+from gsae.store.lease import clear, lease
 from gsae.store.manifest import Layout
 from gsae.store.parts import require_identity
 from gsae.store.progress import ProgressLog
 from gsae.store.statistics import no_rows
+from gsae.store.stopping import CONTINUES, STOPPED_FILE, StopRequest
 from gsae.world import Group, World, lanes_of
 
 
@@ -41,37 +44,52 @@ def run_harvest(config: Config, world: World) -> None:
         CorpusError: the text is missing, or too short for the lanes.
         ModelError: the LLM cannot be loaded, or its attention does not keep segments apart.
         StoreError: the directory holds a store of other settings, or the disk is full.
+        ConfigError: another job harvests into the store.
         GsaeError: a rank failed, or got no further for stall_timeout_seconds.
     """
-    console = open_console(world.is_first)
+    console, store = open_console(world.is_first), Path(config.store_directory)
     with world.everyone.together():
         info = describe(config.llm)
         layout = layout_of(config, info)
         identity = manifest.complete_identity(layout, _settings(config, info))
-        require_identity(Path(config.store_directory), identity)
-    llm = cache(lambda: _load_llm(config, layout, world))
-    if config.corpus.parts == 1:
-        _harvest_store(config, info, layout, llm, world, console)
-        return
-    while (visit := world.everyone.on_first(lambda: next_visit(config, info.num_layers))) is not None:
-        _calibrate_parts(config, identity, layout, llm, world.everyone)
-        world.everyone.on_first(partial(share_calibration, config, visit))
-        _harvest_store(config_of_visit(config, visit), info, layout, llm, world, console)
-    console.say(world.everyone.on_first(lambda: what_comes_next(config)))
+        require_identity(store, identity)
+    with ExitStack() as holding, StopRequest("harvest", store).listening() as request:
+
+        @cache
+        def claim() -> LLM:
+            """The LLM, and the store to itself; not before, since a setting that cannot be is not to claim the directory."""
+            llm = _load_llm(config, layout, world)
+            world.everyone.on_first(lambda: require_writable(store, "harvest.store"))
+            holding.enter_context(lease(store, "harvest", "harvest.store", world.everyone, console.say))
+            world.everyone.on_first(request.forget)
+            return llm
+
+        if config.corpus.parts == 1:
+            _harvest_store(config, info, layout, claim, world, console, request)
+            return
+        while (visit := world.everyone.on_first(lambda: next_visit(config, info.num_layers))) is not None:
+            _calibrate_parts(config, identity, layout, claim, world.everyone)
+            world.everyone.on_first(partial(share_calibration, config, visit))
+            if not _harvest_store(config_of_visit(config, visit), info, layout, claim, world, console, request):
+                return
+        console.say(world.everyone.on_first(lambda: what_comes_next(config)))
 
 
-def _harvest_store(config: Config, info: LLMInfo, layout: Layout, load_llm: Callable[[], LLM], world: World, console: Console) -> None:
-    """Harvest what is missing of one store; the LLM is loaded only where something is."""
+def _harvest_store(
+    config: Config, info: LLMInfo, layout: Layout, claim: Callable[[], LLM], world: World, console: Console, request: StopRequest
+) -> bool:
+    """Harvest what is missing of one store; it is claimed, and the LLM loaded, only where something is. False when it was stopped."""
     group, store = world.everyone, Path(config.store_directory)
     with group.together():
         lanes = lanes_of(group, config.corpus.num_lanes)
         settings = _settings(config, info)
         manifest.check_identity(store, manifest.complete_identity(layout, settings))
     if group.on_first(lambda: _is_whole(store)):
+        group.on_first(lambda: clear(store, "harvest"))
         console.say(f"harvest: the store {store} is whole, nothing to do")
-        return
-    llm = load_llm()
-    group.on_first(lambda: manifest.begin(store, layout, settings))  # not before: a setting that cannot be is not to claim the directory
+        return True
+    llm = claim()
+    group.on_first(lambda: manifest.begin(store, layout, settings))
     median_norms = _median_norms(config, llm, layout, store, group)
     total = group.on_first(lambda: expected_tokens(config, lambda: llm.tokenizer))
     with group.together():
@@ -83,18 +101,23 @@ def _harvest_store(config: Config, info: LLMInfo, layout: Layout, load_llm: Call
         console.progress("harvest", total, "tokens", before.tokens) as bar,
         heartbeat(world, config.stall_timeout_seconds, _Display(bar, before, about_shards), "the harvest continues where it is") as beats,
     ):
-        harvest_lanes(config, llm, rows, store, layout, logs, group, beats)
+        board = world.board("stop")
+        is_whole = harvest_lanes(config, llm, rows, store, layout, logs, group, beats, lambda: request.is_left(board))
+    if group.any(not is_whole):
+        group.on_first(lambda: request.record(shards=before.shards + beats.totals().get("shards", 0)))
+        console.say(f"harvest: {CONTINUES} ({store / STOPPED_FILE})")
+        return False
     group.on_first(lambda: _finish(store, console))
+    return True
 
 
-def _calibrate_parts(config: Config, identity: dict[str, Any], layout: Layout, load_llm: Callable[[], LLM], group: Group) -> None:
+def _calibrate_parts(config: Config, identity: dict[str, Any], layout: Layout, claim: Callable[[], LLM], group: Group) -> None:
     """Take what all parts share, unless that has been done: norms, means and scales of the calibration sample of the whole corpus."""
     store = Path(config.store_directory)
     if group.on_first(lambda: is_calibrated(store)):
         return
     group.on_first(lambda: require_text_in_parts(config.corpus))
-    group.on_first(lambda: require_writable(store, "harvest.store"))
-    llm = load_llm()
+    llm = claim()
     median_norms = _median_norms(config, llm, layout, store, group)
     rows = RowHarvest(config.harvest, llm, layout, median_norms)
     totals = {site.name: no_rows(layout.d_model) for site in layout.sites}

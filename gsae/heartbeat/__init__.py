@@ -9,19 +9,18 @@ the main thread is in.
 import itertools
 import json
 import os
-import socket
-import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from gsae.console import complain
 from gsae.errors import GsaeError
 from gsae.heartbeat import times
 from gsae.heartbeat.judge import Judge, Stillness, gone_seconds
 from gsae.heartbeat.signs import Sign, State, Verdict, advice, describe_loss, describe_silence, failure_of, is_cut_off
-from gsae.world import World
+from gsae.world import World, host_name
 
 _VERDICT = "verdict"
 _uses = itertools.count()
@@ -184,7 +183,7 @@ class Heartbeat:
             self._beats += self._num_busy > 0
             is_known = self._verdict is not None
             looks = self._num_looks if self._size > 1 else 0
-            sign = Sign(socket.gethostname(), self._beats, dict(self._done), self._state, self._failure, is_known, looks)
+            sign = Sign(host_name(), self._beats, dict(self._done), self._state, self._failure, is_known, looks)
         if sign != self._published:
             self._board.write(str(self._rank), sign.text())
             self._published = sign
@@ -254,11 +253,9 @@ class Heartbeat:
             if self._state != "working" or self._verdict is None:
                 return
             if self._verdict.spoken_by in (None, self._rank):
-                where = f"rank {self._rank}: " if self._rank else ""
-                sys.stderr.write(f"gsae: {where}{' '.join(str(self._verdict.message).split())}\n")
+                complain(str(self._verdict.message))
             else:
                 time.sleep(times.SPEAKING_SECONDS)
-            sys.stderr.flush()
             os._exit(2)
 
 

@@ -1,7 +1,7 @@
 """A budget as people and machines read it. In: a budget and its warnings. Out: aligned lines, or one JSON object."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -16,9 +16,9 @@ Line = tuple[str, str]
 """What a line is about, and what it says."""
 
 
-def lines(found: Budget, warnings: list[str]) -> list[str]:
-    """The lines, in groups; the first line of each names it."""
-    groups = {"harvest": _harvest(found), "store": _store(found), "LLM": _llm(found), "train": _train(found)}
+def lines(found: Budget, warnings: list[str], submission: Iterable[Line] = ()) -> list[str]:
+    """The lines, in groups; the first line of each names it. `submission` is one more."""
+    groups = {"harvest": _harvest(found), "store": _store(found), "LLM": _llm(found), "train": _train(found), "slurm": submission}
     shown = []
     for name, group in groups.items():
         for number, (label, text) in enumerate(group):
@@ -26,13 +26,13 @@ def lines(found: Budget, warnings: list[str]) -> list[str]:
     return shown + [f"warning: {warning}" for warning in warnings]
 
 
-def as_json(found: Budget, warnings: list[str]) -> str:
+def as_json(found: Budget, warnings: list[str], jobs: list[dict[str, Any]]) -> str:
     """All figures; bytes, tokens, rows and hours as their names say."""
     figures: dict[str, Any] = {name: asdict(getattr(found, name)) for name in ("harvest", "store", "disk", "llm", "train", "machine")}
     figures["store"]["bytes_missing"] = found.store.bytes_missing
     figures["llm"]["harvest_bytes_per_rank"] = found.llm.harvest_bytes_per_rank
     figures["train"]["hours"] = found.train.hours
-    return json.dumps({**figures, "warnings": warnings}, indent=1)
+    return json.dumps({**figures, **({"slurm": jobs} if jobs else {}), "warnings": warnings}, indent=1)
 
 
 def _harvest(found: Budget) -> Iterator[Line]:

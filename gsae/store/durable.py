@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gsae.errors import ConfigError
+from gsae.store.lease import require as require_lease
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -63,6 +64,7 @@ def write_aside(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        require_lease(path)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -83,6 +85,7 @@ def write_json_atomically(path: Path, value: Any) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Append one line to a file and wait until it is on the disk."""
+    require_lease(path)
     content = (line + "\n").encode()
     is_new = not path.exists()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)

@@ -14,12 +14,11 @@ from typing import Any
 
 from gsae.errors import CheckpointError
 from gsae.store.durable import fsync_directory, fsync_file, make_directory
+from gsae.store.lease import require as require_lease
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
-STOPPED_FILE = "stopped.json"
-"""In the output directory while a training that was stopped on request waits to be continued."""
 PILOTS_DIRECTORY = "pilots.partial"
 """Beside the runs of a site while pilots look for lambdas: directories like those of runs, which are none."""
 CONTENTS_FILE = "checkpoint.json"
@@ -74,6 +73,7 @@ def write_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Che
     try:
         write(aside)
         _seal(aside, step)
+        require_lease(final)
         if final.exists():
             remove_checkpoint(final)
         aside.rename(final)
@@ -109,6 +109,7 @@ def prune_checkpoints(run: Path, keep: int, keep_every_steps: int | None = None)
 
 def remove_checkpoint(checkpoint: Path) -> None:
     """Delete a checkpoint; it is renamed first, so that it is never half there under its name."""
+    require_lease(checkpoint)
     doomed = checkpoint.with_name(f"{checkpoint.name}.old.partial")
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)

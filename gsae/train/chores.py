@@ -12,6 +12,7 @@ from typing import Any
 
 from gsae.config import TrainConfig
 from gsae.console import TrainingView
+from gsae.store.lease import require as require_lease
 from gsae.store.runs import METRICS_FILE
 from gsae.train import blame, doctor, resample
 from gsae.train.bank import Bank, Run, fresh_rows
@@ -41,6 +42,7 @@ def write_metrics(bank: Bank, run: Run, kind: str, values: dict[str, Any]) -> No
     """Append a line to the run's metrics.jsonl, and tell the trackers, on the group's first rank."""
     if bank.group.is_first:
         line = {"kind": kind, "step": bank.step, "rows": bank.rows, **values}
+        require_lease(run.directory)
         with (run.directory / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         bank.tracking.log(run.spec.name, line)

@@ -9,10 +9,10 @@ from typing import Any
 from gsae.config import Config
 from gsae.errors import CheckpointError
 from gsae.settings import dump_config
-from gsae.store.durable import make_directory, require_writable, write_aside, write_json_atomically
+from gsae.store.durable import make_directory, write_aside, write_json_atomically
 from gsae.store.manifest import Manifest
 from gsae.store.parts import num_parts
-from gsae.store.runs import METRICS_FILE, RUN_FILE, STOPPED_FILE, find_difference, read_run
+from gsae.store.runs import METRICS_FILE, RUN_FILE, find_difference, read_run
 from gsae.train.parts import record_waiting, remove_finished_parts
 from gsae.train.plan import BankSpec, describe_run, with_all_settings
 
@@ -25,10 +25,8 @@ def prepare_directories(config: Config, manifest: Manifest, banks: Sequence[Bank
 
     Raises:
         CheckpointError: a directory holds another run.
-        ConfigError: the output cannot be written.
     """
     output = Path(config.output)
-    require_writable(output, "output")
     banks = [_with_known_lambdas(bank, output) for bank in banks]
     for bank in banks:
         _require_same_runs(config, manifest, bank)
@@ -36,7 +34,6 @@ def prepare_directories(config: Config, manifest: Manifest, banks: Sequence[Bank
         remove_finished_parts(config, manifest, banks)  # also what an interrupted removal left
     for bank in banks:
         begin_runs(config, manifest, bank)
-    (output / STOPPED_FILE).unlink(missing_ok=True)
     record_waiting(config, None)
     return banks
 

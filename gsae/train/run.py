@@ -6,6 +6,7 @@ left to do.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,14 @@ from gsae.errors import ConfigError
 from gsae.heartbeat import Heartbeat, heartbeat
 from gsae.sae.formats import read_sae
 from gsae.store import manifest as manifests
+from gsae.store.durable import require_writable
+from gsae.store.lease import lease
 from gsae.store.manifest import Manifest
 from gsae.store.opening import store_of
 from gsae.store.parts import num_parts, visit_directory
-from gsae.store.runs import METRICS_FILE, STOPPED_FILE, newest_checkpoint, read_metrics
+from gsae.store.runs import METRICS_FILE, newest_checkpoint, read_metrics
+from gsae.store.stopping import CONTINUES as STOPPED
+from gsae.store.stopping import STOPPED_FILE, StopRequest
 from gsae.train.alive import CONTINUES, with_beats
 from gsae.train.bank import Bank, Chore, Position, Run, make_run, train
 from gsae.train.checkpoint import Keep, ResumePoint, find_resume_point, restore_run, truncate_metrics
@@ -29,7 +34,7 @@ from gsae.train.pilot import find_lambdas, require_same_pilots
 from gsae.train.plan import BankSpec, by_site, outline, plan_banks
 from gsae.train.probe import Evaluate, Probe
 from gsae.train.saving import Background, Saver
-from gsae.train.stop import StopOnRequest, StopRequest
+from gsae.train.stop import StopOnRequest
 from gsae.train.trackers import tracked
 from gsae.world import Group, World, lanes_of
 from gsae.world.tracking import require_trackers
@@ -47,39 +52,41 @@ def run_train(config: Config, world: World, make_probe: Callable[[], Probe] | No
         StoreError: the store is missing, not whole, or of another number of lanes.
         ConfigError: sites, ranks or batch do not fit together, the output directory cannot be written, or a tracker is not there.
         CheckpointError: a run directory holds a run of other settings, or a damaged checkpoint.
+        ConfigError: another job trains into the output directory.
         GsaeError: a rank failed, or got no further for stall_timeout_seconds.
     """
     console = open_console(world.is_first)
     output = Path(config.output)
-    with (
-        StopRequest(output).listening() as request,
-        Background() as background,
-        heartbeat(world, config.stall_timeout_seconds, continues=CONTINUES) as beats,
-    ):
-        with beats.busy():
-            with world.everyone.together():
-                require_trackers(config.train.trackers if world.group.is_first else ())
-                store = store_of(config)
-                manifest = manifests.load(store)
-                _check_store(config, manifest)
-                lanes_of(world.group, manifest.num_lanes)
-                banks = plan_banks(config, outline(manifest))
-            banks = world.everyone.on_first(lambda: prepare_directories(config, manifest, banks))
-            world.everyone.on_first(lambda: require_same_pilots(config, manifest, banks))
-            probe = None if make_probe is None else make_probe()
-        # In what is written the store stays where it is, also where it is read through a mirror.
-        local = replace(config, harvest=replace(config.harvest, store=str(store)))
-        sites, has_ended = by_site(banks), True
-        while has_ended and (ticket := world.next_ticket("sites")) < len(sites):
-            for bank in sites[ticket]:
-                has_ended = has_ended and _train_runs(local, manifest, bank, world, console, request, background, beats, probe)
-            if has_ended and request.is_made(world.group)[0]:
-                has_ended = False
-                request.record(world.group, bank.site, bank.total_steps)
-    if world.everyone.any(not has_ended):  # no group trains any more, so nobody is waited for
-        console.say(f"stopped on request; the same command continues from here ({output / STOPPED_FILE})")
-    else:
-        world.everyone.on_first(lambda: _leave(config, manifest, banks, console))
+    with ExitStack() as holding, StopRequest("train", output).listening() as request:
+        with Background() as background, heartbeat(world, config.stall_timeout_seconds, continues=CONTINUES) as beats:
+            with beats.busy():
+                with world.everyone.together():
+                    require_trackers(config.train.trackers if world.group.is_first else ())
+                    store = store_of(config)
+                    manifest = manifests.load(store)
+                    _check_store(config, manifest)
+                    lanes_of(world.group, manifest.num_lanes)
+                    banks = plan_banks(config, outline(manifest))
+                world.everyone.on_first(lambda: require_writable(output, "output"))
+                holding.enter_context(lease(output, "train", "output", world.everyone, console.say))
+                banks = world.everyone.on_first(lambda: prepare_directories(config, manifest, banks))
+                world.everyone.on_first(lambda: require_same_pilots(config, manifest, banks))
+                world.everyone.on_first(request.forget)
+                probe = None if make_probe is None else make_probe()
+            # In what is written the store stays where it is, also where it is read through a mirror.
+            local = replace(config, harvest=replace(config.harvest, store=str(store)))
+            sites, has_ended = by_site(banks), True
+            while has_ended and (ticket := world.next_ticket("sites")) < len(sites):
+                for bank in sites[ticket]:
+                    has_ended = has_ended and _train_runs(local, manifest, bank, world, console, request, background, beats, probe)
+                if has_ended and request.is_made(world.group)[0]:
+                    has_ended = False
+                    if world.group.is_first:
+                        request.record(site=bank.site, step=bank.total_steps)
+        if world.everyone.any(not has_ended):  # no group trains any more, so nobody is waited for
+            console.say(f"{STOPPED} ({output / STOPPED_FILE})")
+        else:
+            world.everyone.on_first(lambda: _leave(config, manifest, banks, console))
 
 
 def _leave(config: Config, manifest: Manifest, banks: list[BankSpec], console: Console) -> None:

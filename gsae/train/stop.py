@@ -1,58 +1,11 @@
-"""Stopping on request. In: SIGTERM or SIGUSR1 to any rank. Out: the step at which all ranks agree to stop, and `stopped.json`."""
+"""The chore that stops a training on request. In: what the ranks were told. Out: the step at which they agree to stop, and a checkpoint."""
 
-import json
-import os
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
 
-import torch
-
-from gsae.store.runs import STOPPED_FILE
+from gsae.store.stopping import StopRequest
 from gsae.train.bank import Bank
 from gsae.train.chores import Log, is_checkpoint_due
 from gsae.train.saving import Saver
-from gsae.world import Group
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-
-class StopRequest:
-    """What this process was told; one a process, from before the first bank to after the last."""
-
-    def __init__(self, output: Path) -> None:
-        self._output = output
-        self._received = 0
-
-    @contextmanager
-    def listening(self) -> Iterator["StopRequest"]:
-        """A block in which the signals ask for a stop instead of killing the process."""
-        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
-
-    def is_made(self, group: Group, steps_a_second: int = 1) -> tuple[bool, int]:
-        """Whether any rank of the group was told to stop, and the largest `steps_a_second`. A collective."""
-        received, steps = group.reduce(torch.tensor([self._received, steps_a_second]), "max").tolist()
-        self._received = max(self._received, received)  # a signal may have come while the ranks talked: the next question finds it
-        return received > 0, steps
-
-    def record(self, group: Group, site: str | None, step: int) -> None:
-        """Write `stopped.json`; groups that stop at once write the same file, and the last one stays."""
-        if group.is_first:
-            text = json.dumps({"signal": signal.Signals(self._received).name, "site": site, "step": step}) + "\n"
-            partial = self._output / f"stopped-{os.getpid()}.partial"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self._output / STOPPED_FILE)
 
 
 class StopOnRequest:
@@ -82,4 +35,5 @@ class StopOnRequest:
             if not is_checkpoint_due(bank):
                 self._saver.save(bank, bank.active_runs)
             self._saver.finish(bank.group)
-            self._request.record(bank.group, bank.spec.site, bank.step)
+            if bank.group.is_first:
+                self._request.record(site=bank.spec.site, step=bank.step)

@@ -18,10 +18,10 @@ from accelerate import PartialState
 from gsae.errors import ConfigError, RankMismatchError
 from gsae.world.board import Board
 from gsae.world.group import Group, lanes_of, on_sum, without_sum
-from gsae.world.network import CHOICE, choose_interface
+from gsae.world.network import CHOICE, choose_interface, host_name
 from gsae.world.zero3 import Zero3
 
-__all__ = ["Board", "Group", "World", "Zero3", "cut_into_groups", "lanes_of", "on_sum", "start", "without_sum"]
+__all__ = ["Board", "Group", "World", "Zero3", "cut_into_groups", "host_name", "lanes_of", "on_sum", "start", "without_sum"]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,11 @@ _ELSEWHERE = "203.0.113.1"
 """An address of no host (RFC 5737): the way there is the default route. Nothing is sent."""
 
 
+def host_name() -> str:
+    """What this host is called: by Slurm in a job of it, else by itself."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def choose_interface() -> None:
     """Where the ranks are on several hosts: set `GLOO_SOCKET_IFNAME` to the interface that leads to the first rank, unless it is set."""
     if CHOICE in os.environ or os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE"):
