@@ -85,7 +85,7 @@ class Harvester:
 
         with tempfile.TemporaryDirectory(dir=".") as folder:
             logs = [ProgressLog.open(Path(folder), lane) for lane in range(config.corpus.num_lanes)]
-            harvest_lanes(config, self.llm, note, Path(folder), layout, logs, self.group, self.beats)
+            harvest_lanes(config, self.llm, note, Path(folder), layout, logs, self.group, self.beats, lambda: False)
         return batches, memory
 
 
@@ -167,7 +167,8 @@ def main() -> None:
         return
     with start(config.device) as world:
         found = measure(config, world)
-    found["zero3_held_fraction"] = round(zero3_held_fraction(sys.argv[1:]), 4)
+    if torch.cuda.device_count() != 1:  # two ranks need two GPUs, or none
+        found["zero3_held_fraction"] = round(zero3_held_fraction(sys.argv[1:]), 4)
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -47,6 +47,9 @@ class Recipe:
     batch_rows: int = 1024
     rows: int = 2_000_000
     products: ProductsName = "float32"
+    device: str = "cpu"
+    kernels: bool = True
+    """Whether kernels make the steps, on a GPU."""
     sparse_below_density: float = TrainConfig.sparse_below_density
 
 
@@ -89,18 +92,19 @@ class PlantedRows:
 
 def train(recipe: Recipe, rows: PlantedRows, seed: int) -> SAE:
     """The loop of gsae/train/bank.py for one SAE, on rows that come from no store."""
-    sae = build(recipe.objective, D_MODEL, recipe.features, seed)
+    sae = build(recipe.objective, D_MODEL, recipe.features, seed).to(recipe.device)
     with torch.no_grad():
         sae.b_dec.copy_(rows.mean)
     defaults, schedule = TrainConfig(), ScheduleConfig()
-    module = TrainingModule(sae, recipe.objective, products=recipe.products)
-    optimizer = SAEOptimizer(sae, betas=defaults.adam_betas, eps=defaults.adam_eps, unit_norm=recipe.objective in UNIT_NORM)
+    module = TrainingModule(sae, recipe.objective, products=recipe.products, kernels=recipe.kernels)
+    settings = {"betas": defaults.adam_betas, "eps": defaults.adam_eps, "unit_norm": recipe.objective in UNIT_NORM}
+    optimizer = SAEOptimizer(sae, **settings, on_kernels=module.why_no_kernels is None)
     total_steps = -(-recipe.rows // recipe.batch_rows)
     for step in range(total_steps):
         report = update(
             module,
             optimizer,
-            rows.draw(recipe.batch_rows),
+            rows.draw(recipe.batch_rows).to(recipe.device),
             lambda_=recipe.lambda_ * lambda_multiplier(step, total_steps, schedule),
             learning_rate=recipe.learning_rate * learning_rate_multiplier(step, total_steps, schedule),
             micro_batch_rows=None,
@@ -125,7 +129,7 @@ def measure(sae: SAE, rows: PlantedRows) -> Recovery:
 def recover(recipe: Recipe, seed: int) -> Recovery:
     """Plant a dictionary, train on it, measure."""
     rows = PlantedRows(seed)
-    return measure(train(recipe, rows, seed), rows)
+    return measure(train(recipe, rows, seed).cpu(), rows)
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
@@ -139,6 +143,8 @@ def cases(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
                 arguments.batch_rows,
                 arguments.rows,
                 arguments.products,
+                arguments.device,
+                not arguments.no_kernels,
                 0 if arguments.dense else Recipe.sparse_below_density,
             )
             start = time.monotonic()
@@ -155,7 +161,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
     parser.add_argument("--batch-rows", type=int, default=Recipe.batch_rows)
     parser.add_argument("--rows", type=int, default=Recipe.rows)
-    parser.add_argument("--products", choices=["float32", "bfloat16"], default=Recipe.products)
+    parser.add_argument("--products", choices=["float32", "tf32", "bfloat16"], default=Recipe.products)
+    parser.add_argument("--device", default=Recipe.device)
+    parser.add_argument("--no-kernels", action="store_true", help="torch's own step, on a GPU too")
     parser.add_argument("--dense", action="store_true", help="never take the sparse step")
     for case in cases(parser.parse_args()):
         print(json.dumps(case), flush=True)

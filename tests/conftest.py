@@ -1,5 +1,6 @@
 """A small pipeline that tests share: a random Llama of four layers over byte tokens reads seeded text."""
 
+import os
 import random
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 import yaml
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter, on the CPU
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

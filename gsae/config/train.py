@@ -8,7 +8,7 @@ from gsae.config.rules import require
 
 ObjectiveName = Literal["relu", "gated", "gated-no-aux", "gated-norm-weighted"]
 ScheduleName = Literal["constant", "linear", "cosine", "cosine-restarts"]
-ProductsName = Literal["float32", "bfloat16"]
+ProductsName = Literal["float32", "tf32", "bfloat16"]
 TrackerName = Literal["tensorboard", "wandb"]
 
 
@@ -198,8 +198,11 @@ class TrainConfig:
     dtype: Literal["float32", "float64"] = "float32"
     """Type of weights, losses, gradients and Adam's state, and of products unless `products` says otherwise."""
     products: ProductsName = "float32"
-    """Type of the factors of the dense step's matrix products: `bfloat16` is quicker where the device has instructions for it. Sums,
-    and all else, are in float32. The sparse step is exact either way: bfloat16 there only proposes which gates may be open."""
+    """Type of the factors of the dense step's matrix products: `tf32` (on GPUs; elsewhere float32) and `bfloat16` are quicker where the
+    device has instructions for it. Sums, and all else, are in float32. The sparse step is exact either way: bfloat16 there only
+    proposes which gates may be open. On a GPU, with kernels, `bfloat16` rounds its factors too: half the bytes, which bind there."""
+    kernels: bool = True
+    """Whether Triton's kernels make the steps and the update where they can: on NVIDIA's GPUs, with float32 weights."""
     ema_decay: float | None = None
     """Decay d of an exponential moving average of the weights, which is then what a checkpoint's SAE is: after update t, with the first
     number 0, it is d_t times itself plus 1 - d_t times the weights, d_t = min(d, t / (t + 9)). null keeps the weights themselves."""
@@ -223,7 +226,8 @@ class TrainConfig:
     """Whether a shard's SHA-256 is checked when it is first read. One that changes while training runs is checked anyway."""
     sparse_below_density: float = 0.1
     """Share of gates open, over all rows and features, below which a run takes the sparse step; it returns to the dense one at
-    1.25 times that. 0 always takes the dense one. Both give the same losses and gradients."""
+    1.25 times that. 0 always takes the dense one. Both give the same losses and gradients. On a GPU, with kernels, the step is sparse
+    below a lower density, if this one is not lower still: 0.04 with float32 products, 0.006 with others."""
     micro_batch_rows: int | None = None
     """Rows of a rank's part of the batch that are computed at once, which bounds the memory of rows x features; null takes all."""
 
@@ -266,8 +270,8 @@ class TrainConfig:
         density = self.sparse_below_density
         require(0 <= density <= 1, f"train.sparse_below_density is {density}; give a share between 0 and 1")
         require(
-            not (self.products == "bfloat16" and self.dtype == "float64"),
-            "train.products is bfloat16 but train.dtype is float64; set train.dtype to float32, or train.products to float32",
+            not (self.products != "float32" and self.dtype == "float64"),
+            f"train.products is {self.products} but train.dtype is float64; set train.dtype to float32, or train.products to float32",
         )
         decay = self.ema_decay
         require(decay is None or 0 < decay < 1, f"train.ema_decay is {decay}; give a share between 0 and 1, or null not to average")

@@ -29,7 +29,7 @@ def step_bytes(train: TrainConfig, run: RunSpec, local_rows: int) -> int:
 
     A run's old gradients are forgotten before its step, so their room is there until the backward pass has new ones.
     """
-    tensors = FEATURE_TENSORS if train.products == "float32" else FEATURE_TENSORS_BFLOAT16
+    tensors = FEATURE_TENSORS_BFLOAT16 if train.products == "bfloat16" else FEATURE_TENSORS
     before, beside = tensors["relu" if run.objective == "relu" else "gated"]
     matrix = min(local_rows, train.micro_batch_rows or local_rows) * run.num_features
     return round(NUMBER_BYTES[train.dtype] * max(before * matrix - num_parameters(run), beside * matrix))

@@ -24,6 +24,8 @@ BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
 BFLOAT16_ERROR = 2.0**-7 * 1.03
 """Bound of |bfloat16(u) . bfloat16(v) - u . v| / (|u| |v|) in exact sums: two roundings of relative error 2^-8, and room for those of
 the bound itself. Sums of n terms in float32 add at most n 2^-24."""
+BOUND_COLUMNS = 8
+"""What is added to rows and directions for the bias and the bound: as many columns as keep 16 bytes aligned."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +108,8 @@ def find_active(
     if not in_bfloat16:
         return _at_positions(len(x), len(bias), *_scan(x, encoder, lambda products: ~(products <= -bias)))
     with sums_in_float32():
-        positions, _ = _scan(_bounded_rows(x), _bounded_directions(encoder, bias), torch.relu_)
+        directions = bounded_directions(encoder.T, bias, BFLOAT16_ERROR + (len(encoder) + BOUND_COLUMNS) * 2.0**-24)
+        positions, _ = _scan(bounded_rows(x), directions.T, torch.relu_)
     proposed = _at_positions(len(x), len(bias), positions, x.new_empty(0))
     a = proposed.products(x, encoder.T)
     is_on = ~(a <= -bias[proposed.feature])
@@ -142,24 +145,29 @@ def _at_positions(num_rows: int, num_features: int, positions: Tensor, values: T
     return ActiveSet(num_rows, num_features, row, positions - row * num_features, values)
 
 
-def _bounded_rows(x: Tensor) -> Tensor:
-    """(x, 1, 1, 1, |x|) in bfloat16, whose product with `_bounded_directions` is at least x . encoder + bias."""
-    rows = x.new_ones(len(x), x.shape[1] + 4, dtype=torch.bfloat16)
-    rows[:, :-4] = x
-    rows[:, -1] = torch.linalg.vector_norm(x, dim=1)
+def bounded_rows(x: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows wider"]:
+    """(x, 1, 1, 1, |x|, 0, 0, 0, 0) in bfloat16, whose product with `bounded_directions` is at least x . direction + bias."""
+    rows = x.new_zeros(len(x), x.shape[1] + BOUND_COLUMNS, dtype=torch.bfloat16)
+    own, bias, norm, _ = torch.split(rows, [x.shape[1], 3, 1, BOUND_COLUMNS - 4], dim=1)
+    own.copy_(x)
+    bias.fill_(1)
+    norm.copy_(torch.linalg.vector_norm(x, dim=1, keepdim=True))
     return rows
 
 
-def _bounded_directions(encoder: Tensor, bias: Tensor) -> Tensor:
-    """(encoder, the bias in three parts of 8 bits each, error bound x |encoder|) in bfloat16."""
-    directions = encoder.new_empty(encoder.shape[1], len(encoder) + 4, dtype=torch.bfloat16)
-    directions[:, :-4] = encoder.T
-    rest = bias
-    for column in (-4, -3, -2):
-        directions[:, column] = rest
-        rest = rest - directions[:, column].to(rest.dtype)
-    directions[:, -1] = (BFLOAT16_ERROR + directions.shape[1] * 2.0**-24) * torch.linalg.vector_norm(encoder, dim=0)
-    return directions.T
+def bounded_directions(
+    directions: Float[Tensor, "features d_model"], bias: Float[Tensor, " features"], error: float
+) -> Float[Tensor, "features wider"]:
+    """(direction, the bias in three parts of 8 bits each, error x |direction|, 0, 0, 0, 0) in bfloat16."""
+    found = directions.new_zeros(len(directions), directions.shape[1] + BOUND_COLUMNS, dtype=torch.bfloat16)
+    own, *parts, bound, _ = torch.split(found, [directions.shape[1], 1, 1, 1, 1, BOUND_COLUMNS - 4], dim=1)
+    own.copy_(directions)
+    rest = bias[:, None]
+    for part in parts:
+        part.copy_(rest)
+        rest = rest - part.to(rest.dtype)
+    bound.copy_(error * torch.linalg.vector_norm(directions, dim=1, keepdim=True))
+    return found
 
 
 def _offsets(index: Tensor, count: int) -> Tensor:

@@ -1,7 +1,8 @@
-"""The matrix products of an SAE, in its own type or from bfloat16 copies. In: two matrices. Out: their product, in their own type.
+"""The matrix products of an SAE, in its own type or of rounded factors. In: two matrices. Out: their product, in their own type.
 
-Within `bfloat16_products` both factors of a product are rounded to bfloat16, in the backward pass too; the terms are summed in float32.
-CUDA hands out these sums; CPU kernels round them to bfloat16 once more. With u = 2^-8, bfloat16's rounding,
+Within `rounded_factors` both factors of a product are rounded to bfloat16 or TF32, in the backward pass too; the terms are summed in
+float32. CUDA hands out these sums; CPU kernels round bfloat16's to bfloat16 once more, and have no TF32: there it is float32. With u the
+rounding, bfloat16's 2^-8 or TF32's 2^-11,
 
     |found - A B| <= (2 u + u^2) |A| |B|, on a CPU + u |A B|, entry by entry, and what float32 sums add
 
@@ -18,17 +19,19 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_IS_BFLOAT16 = ContextVar("_IS_BFLOAT16", default=False)
+from gsae.config import ProductsName
+
+_FACTORS: ContextVar[ProductsName] = ContextVar("_FACTORS", default="float32")
 
 
 @contextmanager
-def bfloat16_products() -> Iterator[None]:
-    """Products of matrices made in this block, and their gradients whenever those are computed, take bfloat16 factors."""
-    token = _IS_BFLOAT16.set(True)
+def rounded_factors(factors: ProductsName) -> Iterator[None]:
+    """Products of matrices made in this block, and their gradients whenever those are computed, take factors of this type."""
+    token = _FACTORS.set(factors)
     try:
         yield
     finally:
-        _IS_BFLOAT16.reset(token)
+        _FACTORS.reset(token)
 
 
 @contextmanager
@@ -45,9 +48,9 @@ def sums_in_float32() -> Iterator[None]:
 
 def product(left: Float[Tensor, "rows inner"], right: Float[Tensor, "inner columns"]) -> Float[Tensor, "rows columns"]:
     """The product of two matrices."""
-    if not _IS_BFLOAT16.get():
+    if _FACTORS.get() == "float32":
         return left @ right
-    found: Tensor = _Bfloat16Product.apply(left, right)  # type: ignore[no-untyped-call]
+    found: Tensor = _RoundedProduct.apply(left, right, _FACTORS.get() == "bfloat16")  # type: ignore[no-untyped-call]
     return found
 
 
@@ -55,7 +58,7 @@ def affine(
     bias: Float[Tensor, " columns"], left: Float[Tensor, "rows inner"], right: Float[Tensor, "inner columns"]
 ) -> Float[Tensor, "rows columns"]:
     """The product of two matrices, and a bias that is never rounded."""
-    return bias + product(left, right) if _IS_BFLOAT16.get() else torch.addmm(bias, left, right)
+    return torch.addmm(bias, left, right) if _FACTORS.get() == "float32" else bias + product(left, right)
 
 
 def centred_affine(
@@ -66,40 +69,58 @@ def centred_affine(
 ) -> Float[Tensor, "rows features"]:
     """(x - b_dec) encoder + bias, where b_dec learns through a product with a vector: not through one as large as the product itself.
 
-    In bfloat16 b_dec is subtracted before the product: what is rounded is then as small as the rows' distance from it.
+    Where factors are rounded b_dec is subtracted before the product: what is rounded is then as small as the rows' distance from it.
     """
-    rows, shift = (x - b_dec.detach(), b_dec - b_dec.detach()) if _IS_BFLOAT16.get() else (x, b_dec)
+    rows, shift = (x, b_dec) if _FACTORS.get() == "float32" else (x - b_dec.detach(), b_dec - b_dec.detach())
     offset = -(shift @ encoder)
     return affine(offset if bias is None else bias + offset, rows, encoder)
 
 
-class _Bfloat16Product(torch.autograd.Function):
-    """C = A B, dA = dC B^T, dB = A^T dC, each from bfloat16 factors, of which the backward pass keeps the copies."""
+class _RoundedProduct(torch.autograd.Function):
+    """C = A B, dA = dC B^T, dB = A^T dC, each from rounded factors; in bfloat16 the backward pass keeps the copies."""
 
     @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
-        ctx.dtype = left.dtype
-        left, right = left.bfloat16(), right.bfloat16()
+    def forward(ctx: Any, left: Tensor, right: Tensor, in_bfloat16: bool) -> Tensor:
+        ctx.dtype, ctx.in_bfloat16 = left.dtype, in_bfloat16
+        if in_bfloat16:
+            left, right = left.bfloat16(), right.bfloat16()
         ctx.save_for_backward(left, right)
-        return _multiply(left, right, ctx.dtype)
+        return multiply_rounded(left, right, ctx.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         left, right = ctx.saved_tensors
-        needs_left, needs_right = ctx.needs_input_grad
-        gradient = gradient.bfloat16()
-        d_left = _multiply(gradient, right.T, ctx.dtype) if needs_left else None
+        needs_left, needs_right, _ = ctx.needs_input_grad
+        if ctx.in_bfloat16:
+            gradient = gradient.bfloat16()
+        d_left = multiply_rounded(gradient, right.T, ctx.dtype) if needs_left else None
         if not needs_right:
-            return d_left, None
+            return d_left, None, None
         if right.stride(0) == 1:  # in the layout of the weight, so that it need not be copied
-            return d_left, _multiply(gradient.T, left, ctx.dtype).T
-        return d_left, _multiply(left.T, gradient, ctx.dtype)
+            return d_left, multiply_rounded(gradient.T, left, ctx.dtype).T, None
+        return d_left, multiply_rounded(left.T, gradient, ctx.dtype), None
 
 
-def _multiply(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product of two bfloat16 matrices."""
+def multiply_rounded(
+    left: Float[Tensor, "rows inner"], right: Float[Tensor, "inner columns"], dtype: torch.dtype
+) -> Float[Tensor, "rows columns"]:
+    """The product of two bfloat16 matrices, or of others rounded to TF32 on the way, with its sums in `dtype`."""
+    if left.dtype != torch.bfloat16:
+        with _tf32():
+            return left @ right
     if left.device.type != "cuda":
         return (left @ right).to(dtype)
     with sums_in_float32():
         return torch.mm(left, right, out_dtype=torch.float32).to(dtype)
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

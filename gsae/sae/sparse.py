@@ -20,7 +20,7 @@ from gsae.sae.objective import SAE, Forward, Losses, Objective
 
 
 @dataclass(frozen=True)
-class _Terms:
+class Terms:
     """What sets an objective apart (objective.py has the formulas)."""
 
     has_magnitude: bool
@@ -31,11 +31,11 @@ class _Terms:
     """Whether the penalty is weighed by the norms of the decoder rows."""
 
 
-_TERMS: dict[ObjectiveName, _Terms] = {
-    "relu": _Terms(has_magnitude=False, auxiliary="none", weighs_norms=False),
-    "gated": _Terms(has_magnitude=True, auxiliary="frozen", weighs_norms=False),
-    "gated-no-aux": _Terms(has_magnitude=True, auxiliary="none", weighs_norms=False),
-    "gated-norm-weighted": _Terms(has_magnitude=True, auxiliary="free", weighs_norms=True),
+TERMS: dict[ObjectiveName, Terms] = {
+    "relu": Terms(has_magnitude=False, auxiliary="none", weighs_norms=False),
+    "gated": Terms(has_magnitude=True, auxiliary="frozen", weighs_norms=False),
+    "gated-no-aux": Terms(has_magnitude=True, auxiliary="none", weighs_norms=False),
+    "gated-norm-weighted": Terms(has_magnitude=True, auxiliary="free", weighs_norms=True),
 }
 
 
@@ -52,7 +52,7 @@ def sparse_objective(name: ObjectiveName, *, in_bfloat16: bool | None = None) ->
         magnitude_parameters = (sae.r_mag, sae.b_mag) if isinstance(sae, GatedSAE) else (None, None)
         is_proposed = in_bfloat16 if in_bfloat16 is not None else x.dtype == torch.float32 and _is_quick_at_bfloat16(x.device)
         reconstruction, sparsity, auxiliary, x_hat, fired, opened = _SparseStep.apply(  # type: ignore[no-untyped-call]
-            _TERMS[name], is_proposed, x, sae.encoder, sae.gate_bias, *magnitude_parameters, sae.W_dec, sae.b_dec
+            TERMS[name], is_proposed, x, sae.encoder, sae.gate_bias, *magnitude_parameters, sae.W_dec, sae.b_dec
         )
         return Forward(Losses(reconstruction, sparsity, auxiliary), x_hat, fired, opened)
 
@@ -84,7 +84,7 @@ class _SparseStep(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        terms: _Terms,
+        terms: Terms,
         in_bfloat16: bool,
         x: Tensor,
         encoder: Tensor,

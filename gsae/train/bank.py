@@ -236,14 +236,15 @@ def make_run(spec: RunSpec, directory: Path, config: TrainConfig, mean: Float[Te
     if config.decoder_bias == "mean":
         with torch.no_grad():
             sae.b_dec.copy_(mean)
+    training = TrainingModule(sae, spec.objective, spec.pre_activation_loss, config.products, kernels=config.kernels)
     optimizer = SAEOptimizer(
         sae,
         betas=config.adam_betas,
         eps=config.adam_eps,
         unit_norm=spec.objective in UNIT_NORM,
         clip_gradient_norm=config.clip_gradient_norm,
+        on_kernels=training.why_no_kernels is None,
     )
-    training = TrainingModule(sae, spec.objective, spec.pre_activation_loss, config.products)
     firing, meter = FiringCounter(spec.num_features, group.device), Meter(group.device)
     decay, unit_norm = config.ema_decay, spec.objective in UNIT_NORM
     average = None if decay is None else WeightAverage(sae, decay, unit_norm=unit_norm)

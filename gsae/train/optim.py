@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,16 +30,26 @@ class SAEOptimizer:
         G    <- G min(1, clip / |G|)
         w    <- Adam(w, G)        unless |G| is not finite: then nothing changes, not even Adam's step count
         w    <- w / |w|
-    without waiting for the device. On several ranks the gradients are the same, so the updates are.
+    without waiting for the device. On several ranks the gradients are the same, so the updates are. With `on_kernels` the two large
+    weights are updated by Triton's kernels (kernels.py), to the last rounding alike.
     """
 
     def __init__(
-        self, sae: SAE, *, betas: tuple[float, float], eps: float, unit_norm: bool, clip_gradient_norm: float | None = None
+        self,
+        sae: SAE,
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        unit_norm: bool,
+        clip_gradient_norm: float | None = None,
+        on_kernels: bool = False,
     ) -> None:
         self._sae = sae
         self._unit_norm = unit_norm
         self._clip_gradient_norm = clip_gradient_norm
-        self._adam = torch.optim.Adam(sae.parameters(), betas=betas, eps=eps, fused=True)
+        self._on_kernels = [sae.encoder, sae.W_dec] if on_kernels else []
+        rest = [parameter for parameter in sae.parameters() if all(parameter is not large for large in self._on_kernels)]
+        self._adam = torch.optim.Adam(rest, betas=betas, eps=eps, fused=True)
         for parameter in sae.parameters():
             self._adam.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -47,27 +59,31 @@ class SAEOptimizer:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> GradientReport:
-        """Make one update from the gradients that backward left; projection and clipping change them in place."""
-        if self._unit_norm:
+        """Make one update from the gradients that backward left; projection and clipping may change them in place."""
+        large = [_Large(weight, is_unit=self._unit_norm and weight is self._sae.W_dec) for weight in self._on_kernels]
+        if self._unit_norm and not large:
             self._project_gradient()
-        gradients = [parameter.grad for parameter in self._sae.parameters() if parameter.grad is not None]
-        norm = _norm(gradients)
+        gradients = [parameter.grad for parameter in self._adam.param_groups[0]["params"] if parameter.grad is not None]
+        norm = _norm(gradients, [weight.squares for weight in large])
         is_finite = torch.isfinite(norm)
+        factor = torch.ones_like(norm) if self._clip_gradient_norm is None else (self._clip_gradient_norm / norm).clamp(max=1.0)
         if self._clip_gradient_norm is not None:
-            factor = (self._clip_gradient_norm / norm).clamp(max=1.0)
             torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
         # What torch.amp.GradScaler sets: the fused kernel skips the update, and its step count, where the flag is 1.
         self._adam.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
         self._adam.param_groups[0]["lr"] = learning_rate
         self._adam.step()
-        if self._unit_norm:
+        for weight in large:
+            settings = self._adam.param_groups[0]
+            weight.move(self._adam.state[weight.parameter], is_finite, factor, learning_rate, settings["betas"], settings["eps"])
+        if self._unit_norm and not large:
             norms = torch.linalg.vector_norm(self._sae.W_dec, dim=1, keepdim=True)
             self._sae.W_dec.div_(torch.where(is_finite, norms, torch.ones_like(norms)))
         return GradientReport(norm, is_finite)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        self._adam.zero_grad(set_to_none=True)
+        self._sae.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Adam's state as `<parameter>.<step|exp_avg|exp_avg_sq>`; the tensors themselves, not copies."""
@@ -101,7 +117,44 @@ class SAEOptimizer:
         gradient.addcmul_(torch.linalg.vecdot(gradient, directions)[:, None], directions, value=-1)
 
 
-def _norm(tensors: list[Tensor]) -> Tensor:
-    """The norm over all tensors: along the axis contiguous in memory in their own type, which is quick, then in float64."""
-    norms = torch.cat([torch.linalg.vector_norm(tensor, dim=tensor.stride().index(1)).flatten().double() for tensor in tensors])
-    return norms.square().sum().sqrt()
+class _Large:
+    """The update of a weight with one vector a feature, on kernels."""
+
+    def __init__(self, parameter: Tensor, *, is_unit: bool) -> None:
+        assert parameter.grad is not None
+        self.parameter = parameter
+        self._weight, self._gradient = (_by_feature(tensor) for tensor in (parameter.detach(), parameter.grad))
+        self.squares, dots = kernels().measure(self._gradient, self._weight if is_unit else None)
+        """Of each feature's gradient."""
+        self._dots = dots if is_unit else None
+
+    def move(
+        self, state: dict[str, Tensor], is_finite: Tensor, factor: Tensor, learning_rate: float, betas: tuple[float, float], eps: float
+    ) -> None:
+        """Make the update, unless the gradient is not finite."""
+        state["step"] += is_finite
+        corrections = [1 - torch.pow(beta, state["step"].double()) for beta in betas]
+        scalars = torch.stack([is_finite.double(), factor, learning_rate / corrections[0], corrections[1].sqrt()]).float()
+        moments = (_by_feature(state["exp_avg"]), _by_feature(state["exp_avg_sq"]))
+        kernels().move(self._weight, self._gradient, moments, self._dots, scalars, betas, eps)
+
+
+def kernels() -> ModuleType:
+    """Triton's kernels of the update, which only a GPU needs."""
+    return import_module("gsae.train.kernels")
+
+
+def _by_feature(matrix: Tensor) -> Tensor:
+    """A weight, or what is laid out like one, with one contiguous vector a feature."""
+    found = matrix if matrix.stride(1) == 1 else matrix.T
+    assert found.is_contiguous()
+    return found
+
+
+def _norm(tensors: list[Tensor], squares: list[Tensor]) -> Tensor:
+    """The norm over all tensors, some of which gave squares of parts already.
+
+    It is taken along the axis contiguous in memory in their own type, which is quick, then in float64.
+    """
+    norms = [torch.linalg.vector_norm(tensor, dim=tensor.stride().index(1)).flatten().double().square() for tensor in tensors]
+    return torch.cat([*norms, *(part.double() for part in squares)]).sum().sqrt()

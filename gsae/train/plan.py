@@ -19,6 +19,8 @@ FREE_SETTINGS = (
     # These do not change the weights.
     *("groups", "log_every_steps", "checkpoint_every_fraction", "keep_checkpoints", "keep_every", "verify_shards", "read_threads"),
     *("trackers", "evaluate_every_fraction", "evaluate_tokens"),
+    # This changes them by no more than another device does.
+    "kernels",
 )
 """Fields of TrainConfig that a resumed run need not share."""
 NEWER_SETTINGS = {"max_rows": None, "products": "float32", "ema_decay": None}

@@ -11,15 +11,22 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gsae.config import ObjectiveName, ProductsName
+from gsae.sae.dense_on_kernels import dense_kernel_objective
 from gsae.sae.objective import SAE, Losses, objective
+from gsae.sae.on_kernels import why_not
 from gsae.sae.pre_activation import pre_activation_loss
-from gsae.sae.products import bfloat16_products
+from gsae.sae.products import rounded_factors
 from gsae.sae.sparse import sparse_objective
+from gsae.sae.sparse_on_kernels import sparse_kernel_objective
 from gsae.train.optim import GradientReport, SAEOptimizer
 from gsae.world import without_sum
 
 HYSTERESIS = 1.25
 """A run returns to the dense step at so many times the density at which it left it."""
+DENSITY_ON_KERNELS: dict[ProductsName, float] = {"float32": 0.04, "tf32": 0.006, "bfloat16": 0.006}
+"""The density above which the dense step has the advantage on a GPU, where matrices multiply so much faster than memory is read: six
+products of 2 rows d_model features operations, against five vectors of d_model to read an entry. Of an H200's 67 TFLOP/s in float32,
+about 400 in TF32, 790 in bfloat16, and 4.3 TB/s; not measured on a GPU yet."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,15 +61,23 @@ class TrainingModule(nn.Module):
     """An SAE with its loss inside `forward`, so that DDP sees the whole step."""
 
     def __init__(
-        self, sae: SAE, objective_name: ObjectiveName, pre_activation_weight: float = 0.0, products: ProductsName = "float32"
+        self,
+        sae: SAE,
+        objective_name: ObjectiveName,
+        pre_activation_weight: float = 0.0,
+        products: ProductsName = "float32",
+        *,
+        kernels: bool = True,
     ) -> None:
         """Make the module.
 
         Args:
-            sae: the SAE.
+            sae: the SAE, on its device.
             objective_name: what it is trained by.
             pre_activation_weight: weight of the pre-activation loss of dead features, in multiples of lambda.
-            products: `bfloat16` makes the dense step's products from bfloat16 factors, and has the sparse step propose entries by such.
+            products: the factors of the dense step's products; `bfloat16` has the sparse step propose entries by such, and on kernels
+                rounds its factors too.
+            kernels: whether kernels make the steps, where they can.
         """
         super().__init__()
         self.sae = sae
@@ -70,13 +85,22 @@ class TrainingModule(nn.Module):
         """Whether `forward` takes the sparse step."""
         self.dead = torch.zeros(0, dtype=torch.int64, device=sae.b_dec.device)
         """The features that the pre-activation loss counts as dead."""
-        self._in_bfloat16 = products == "bfloat16"
-        self._dense, self._sparse = objective(objective_name), sparse_objective(objective_name, in_bfloat16=self._in_bfloat16 or None)
+        self._products, weight = products, sae.W_dec
+        self.why_no_kernels: str | None = "train.kernels is false"
+        """Why kernels do not make the steps; None where they do."""
+        if kernels:
+            self.why_no_kernels = why_not(objective_name, weight.device, weight.dtype, weight.shape[1], products)
+        in_bfloat16 = products == "bfloat16"
+        if self.why_no_kernels is None:
+            self._dense = dense_kernel_objective(objective_name, products)
+            self._sparse = sparse_kernel_objective(objective_name, in_bfloat16=in_bfloat16)
+        else:
+            self._dense, self._sparse = objective(objective_name), sparse_objective(objective_name, in_bfloat16=in_bfloat16 or None)
         self._pre_activation_weight = pre_activation_weight
 
     def forward(self, x: Float[Tensor, "rows d_model"], lambda_: float) -> StepOutput:
         """The loss on scaled rows: L + weight lambda L_pre_activation."""
-        with bfloat16_products() if self._in_bfloat16 else nullcontext():
+        with rounded_factors(self._products):
             result = (self._sparse if self.is_sparse else self._dense)(self.sae, x)
             total, pre_activation = result.losses.total(lambda_), x.new_zeros(())
             if self._pre_activation_weight and len(self.dead):
@@ -86,6 +110,8 @@ class TrainingModule(nn.Module):
 
     def choose(self, density: float, sparse_below_density: float) -> None:
         """Take the sparse step from now on where the density, the share of gates that are open, is low, the dense one where it is high."""
+        if self.why_no_kernels is None:
+            sparse_below_density = min(sparse_below_density, DENSITY_ON_KERNELS[self._products])
         self.is_sparse = density < sparse_below_density * (HYSTERESIS if self.is_sparse else 1)
 
 
@@ -98,7 +124,9 @@ def update(
     learning_rate: float,
     micro_batch_rows: int | None,
 ) -> StepReport:
-    """Forward, backward, clip, update. Only the sparse step waits for the device: for the number of active entries.
+    """Forward, backward, clip, update.
+
+    Only the sparse step waits for the device, for the number of active entries; on kernels the device has work meanwhile.
 
     Args:
         module: a TrainingModule under DDP.

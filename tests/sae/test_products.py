@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsae.sae.objective import SAE_CLASS, build
-from gsae.sae.products import affine, bfloat16_products, product
+from gsae.sae.products import affine, product, rounded_factors
 from gsae.train.step import TrainingModule
 
 U = 2.0**-8  # bfloat16 has 8 significant bits
@@ -26,7 +26,7 @@ def entry_bound(left, right):
 def test_values_and_gradients_are_within_the_bound_of_each_entry(is_transposed):
     left, upstream = randn(40, 30).requires_grad_(), randn(40, 20, seed=2)
     right = (randn(20, 30, seed=1).T if is_transposed else randn(30, 20, seed=1)).requires_grad_()
-    with bfloat16_products():
+    with rounded_factors("bfloat16"):
         found = product(left, right)
     d_left, d_right = torch.autograd.grad(found, (left, right), upstream)
     for got, factors in (
@@ -47,21 +47,21 @@ def test_factors_that_bfloat16_holds_give_exact_products():
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randint(-2, 3, size, generator=generator).float() for size in ((6, 5), (5, 4)))
     bias = torch.tensor([0.1, 1e-3, 1 / 3, 7.77])
-    with bfloat16_products():
+    with rounded_factors("bfloat16"):
         assert torch.equal(product(left, right), left @ right)
         assert torch.equal(affine(bias, left, right), bias + left @ right), "the bias is not rounded"
 
 
 def test_a_factor_that_needs_no_gradient_costs_no_product():
     left, right = randn(4, 5), randn(5, 6).requires_grad_()
-    with Products() as products, bfloat16_products():
+    with Products() as products, rounded_factors("bfloat16"):
         product(left, right).sum().backward()
     assert products.types == [torch.bfloat16] * 2
 
 
 def test_outside_of_the_block_products_are_exact_also_after_an_error():
     left, right = randn(9, 8), randn(8, 7)
-    with pytest.raises(ZeroDivisionError), bfloat16_products():
+    with pytest.raises(ZeroDivisionError), rounded_factors("bfloat16"):
         raise ZeroDivisionError
     assert torch.equal(product(left, right), left @ right)
     assert torch.equal(affine(right[0], left, right), torch.addmm(right[0], left, right))
@@ -204,7 +204,7 @@ def test_a_step_sees_the_weights_as_they_are_now():
 @pytest.mark.parametrize("name", SAE_CLASS)
 def test_cuda_is_as_near_and_hands_out_sums_in_float32(name):
     left, right = randn(64, 48).cuda(), randn(48, 32, seed=1).cuda()
-    with bfloat16_products():
+    with rounded_factors("bfloat16"):
         found = product(left, right)
     exact = (left.bfloat16().double() @ right.bfloat16().double()).float()
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)

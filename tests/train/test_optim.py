@@ -11,8 +11,8 @@ from gsae.train.optim import SAEOptimizer
 UNIT_NORM = ["relu", "gated", "gated-no-aux"]
 
 
-def make(name="gated", dtype=torch.float64, **settings):
-    sae = build(name, 6, 10, seed=0, dtype=dtype)
+def make(name="gated", dtype=torch.float64, device="cpu", **settings):
+    sae = build(name, 6, 10, seed=0, dtype=dtype).to(device)
     settings = {"betas": (0.0, 0.999), "eps": 1e-8, "unit_norm": name in UNIT_NORM, **settings}
     return sae, SAEOptimizer(sae, **settings)
 
@@ -116,12 +116,36 @@ def test_a_non_finite_gradient_changes_nothing_and_the_run_can_go_on(value, dtyp
     assert not torch.equal(sae.W_gate, before["W_gate"])
 
 
+@pytest.mark.parametrize("name", ["gated", "gated-norm-weighted"])
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.99)])
+def test_kernels_make_the_same_update(name, clip, betas):
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    (sae, optimizer), (reference, plain) = (
+        make(name, torch.float32, betas=betas, clip_gradient_norm=clip, device=device, on_kernels=each) for each in (True, False)
+    )
+    for seed in range(4):
+        for each in (sae, reference):
+            each.zero_grad()
+            objective(name)(each, rows(seed, torch.float32).to(device)).losses.total(0.05).backward()
+            if seed == 2:
+                each.W_dec.grad[1, 1] = torch.inf
+        found, wanted = optimizer.step(1e-2), plain.step(1e-2)
+        torch.testing.assert_close(found.norm, wanted.norm, rtol=1e-6, atol=0, equal_nan=True)
+        assert bool(found.is_finite) == bool(wanted.is_finite) == (seed != 2)
+        for key, value in snapshot(sae, optimizer).items():
+            torch.testing.assert_close(value, snapshot(reference, plain)[key], rtol=1e-5, atol=1e-6)
+    assert optimizer.state_tensors().keys() == plain.state_tensors().keys()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_a_step_does_not_wait_for_the_gpu(clip):
+@pytest.mark.parametrize("on_kernels", [False, True])
+def test_a_step_does_not_wait_for_the_gpu(clip, on_kernels):
     sae = build("gated", 6, 10, seed=0).cuda()
-    optimizer = SAEOptimizer(sae, betas=(0.0, 0.999), eps=1e-8, unit_norm=True, clip_gradient_norm=clip)
+    optimizer = SAEOptimizer(sae, betas=(0.0, 0.999), eps=1e-8, unit_norm=True, clip_gradient_norm=clip, on_kernels=on_kernels)
     objective("gated")(sae, rows(0, torch.float32).cuda()).losses.total(0.05).backward()
     optimizer.step(1e-2)
     before = snapshot(sae, optimizer)

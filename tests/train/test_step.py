@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsae.sae.objective import SAE_CLASS, build
+from gsae.train import step
 from gsae.train.optim import SAEOptimizer
 from gsae.train.step import TrainingModule, update
 from gsae.world import start
@@ -24,6 +25,13 @@ def training_module(name, is_sparse):
         module.sae.gate_bias.sub_(0.5)
     module.is_sparse = is_sparse
     return module
+
+
+def on_kernels(monkeypatch, products="float32"):
+    """A module whose steps are made by kernels: on the card where there is one, otherwise in Triton's interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(step, "why_not", lambda *_: None)
+    return TrainingModule(build("gated", D_MODEL, 40, seed=0), "gated", products=products)
 
 
 def updated(group, name, is_sparse, micro_batch_rows):
@@ -84,3 +92,42 @@ def test_a_density_of_zero_never_takes_the_sparse_step():
     module = training_module("gated", is_sparse=False)
     module.choose(0.0, 0)
     assert not module.is_sparse
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_updates_on_kernels_are_those_without(group, monkeypatch, is_sparse):
+    reports, weights = [], []
+    for module in (on_kernels(monkeypatch), TrainingModule(build("gated", D_MODEL, 40, seed=0), "gated", kernels=False)):
+        kernels = module.why_no_kernels is None
+        assert kernels == (not weights)
+        with torch.no_grad():
+            module.sae.gate_bias.sub_(0.5)
+        module.is_sparse = is_sparse
+        optimizer = SAEOptimizer(module.sae, betas=(0.9, 0.999), eps=1e-8, unit_norm=True, clip_gradient_norm=1.0, on_kernels=kernels)
+        for seed in range(3):
+            x = torch.randn(9, D_MODEL, generator=torch.Generator().manual_seed(seed))
+            report = update(group.wrap(module), optimizer, x, lambda_=0.2, learning_rate=0.01, micro_batch_rows=5)
+        reports.append(report)
+        weights.append(module.sae.state_dict())
+    assert torch.equal(reports[0].fired, reports[1].fired)
+    torch.testing.assert_close(reports[0].measures, reports[1].measures, rtol=1e-5, atol=1e-6)
+    for name, value in weights[1].items():
+        torch.testing.assert_close(weights[0][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_on_kernels_the_step_is_sparse_below_a_lower_density(monkeypatch):
+    for products, limit in (("float32", 0.04), ("tf32", 0.006), ("bfloat16", 0.006)):
+        module = on_kernels(monkeypatch, products)
+        taken = []
+        for density, given in ((limit, 0.1), (0.9 * limit, 0.1), (1.2 * limit, 0.1), (1.3 * limit, 0.1), (0.9 * limit, 0.001)):
+            module.choose(density, given)
+            taken.append(module.is_sparse)
+        assert taken == [False, True, True, False, False]
+
+
+def test_kernels_can_be_left_alone(monkeypatch):
+    monkeypatch.setattr(step, "why_not", lambda *_: None)
+    module = TrainingModule(build("gated", D_MODEL, FEATURES, seed=0), "gated", kernels=False)
+    assert module.why_no_kernels == "train.kernels is false"
+    module.choose(0.09, 0.1)
+    assert module.is_sparse
