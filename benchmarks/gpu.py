@@ -217,6 +217,26 @@ def traffic(case: Case, num_bytes: int) -> dict[str, tuple[float, float]]:
     }
 
 
+def counted(case: Case, card: Card) -> Iterator[str]:
+    """What the sparse step takes by these counts alone, on a card of these rates: no measurement."""
+    yield f"| kernel | GB, bfloat16 | ms at {card.copy_bytes_per_second / 1e12:.1f} TB/s | GB, float32 | ms |"
+    yield "|---|--:|--:|--:|--:|"
+    rows, d, m = len(case.x), case.x.shape[1], case.num_features
+    columns = []
+    for num_bytes in (2, 4):
+        # Copies in bfloat16: of the encoder always, of the decoder where it is read so.
+        found = traffic(case, num_bytes) | {"copies": ((6 + 2) * d * m + (6 * d * m if num_bytes == 2 else 0), 0)}
+        by_bytes = {name: total / card.copy_bytes_per_second for name, (total, _) in found.items()}
+        product = {"_propose": found["_propose"][1] / card.bfloat16_operations_per_second}
+        seconds = {name: max(each, product.get(name, 0)) for name, each in by_bytes.items()}
+        found["all"], seconds["all"] = (sum(total for total, _ in found.values()), 0), sum(seconds.values())
+        columns.append({name: (total / 1e9, 1000 * seconds[name]) for name, (total, _) in found.items()})
+    for name in columns[0]:
+        yield "| " + " | ".join([name, *(f"{gigabytes:.2f} | {ms:.2f}" for gigabytes, ms in (column[name] for column in columns))]) + " |"
+    rates = ", ".join(f"{rows / (column['all'][1] / 1000):,.0f}" for column in columns)
+    yield f"\nrows/s that these counts allow, with factors in bfloat16 and in float32: {rates}"
+
+
 def breakdown(case: Case, card: Card, products: ProductsName) -> list[dict[str, Any]]:
     """The kernels of the sparse step, the longest first, with the shares of the card's rates that they reach."""
     step = our_step(case, products, is_sparse=True)
@@ -277,8 +297,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--l0", type=int, nargs="+", default=[64, 16, 256], help="the first one is for all steps, the others for ours")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--counted", action="store_true", help="no measurement: bytes and operations at an H200's rates")
     parser.add_argument("--out", type=Path, help="a folder for gpu.json and gpu.md")
     options = parser.parse_args()
+    if options.counted:
+        h200 = Card("NVIDIA H200", 4.3e12, 790e12)
+        for num_features in options.features:
+            case = Case(torch.empty(options.rows, options.d_model, device="meta"), num_features, 0.0, options.l0[0])
+            sys.stdout.write(f"\n{num_features} features\n\n" + "\n".join(counted(case, h200)) + "\n")
+        return
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.stderr.write("gpu: torch sees no CUDA device here; give --device cpu to try the script\n")

@@ -8,11 +8,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 out=${1:-runs/gpu}
 python=${PYTHON:-.venv/bin/python}
 [ -x "$python" ] || python=python3
-mkdir -p "$out"
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
   echo "gpu: torch sees no CUDA device here; run this on a machine with a card" >&2
   exit 2
 }
+mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=0
 

@@ -91,6 +91,7 @@ class Console:
 
     def __init__(self, is_first_rank: bool) -> None:
         self._is_first_rank = is_first_rank
+        self._warned: set[str] = set()
         self._is_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self._rich: RichConsole | None = None
 
@@ -103,6 +104,12 @@ class Console:
         """One line about something that does not stop the work but should be known."""
         if self._is_first_rank:
             self.write(f"warning: {text}", style="yellow")
+
+    def warn_once(self, text: str) -> None:
+        """As `warn`, unless it was said before."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self.warn(text)
 
     @contextmanager
     def training(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gsae.sae.objective import SAE
+from gsae.sae.objective import SAE, build
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +116,26 @@ class SAEOptimizer:
         directions, gradient = self._sae.W_dec, self._sae.W_dec.grad
         assert gradient is not None
         gradient.addcmul_(torch.linalg.vecdot(gradient, directions)[:, None], directions, value=-1)
+
+
+@cache
+def why_not_on_kernels(device: torch.device, d_model: int) -> str | None:
+    """What kernels get wrong in an update of a small SAE on a device, if anything, or how they fail; the first call compiles them."""
+    saes, norms = [], []
+    for on_kernels in (False, True):
+        sae = build("gated", d_model, 8, seed=0).to(device)
+        optimizer = SAEOptimizer(sae, betas=(0.9, 0.999), eps=1e-8, unit_norm=True, clip_gradient_norm=1.0, on_kernels=on_kernels)
+        for parameter in sae.parameters():
+            parameter.grad = parameter.detach().cos()
+        try:
+            norms.append(float(optimizer.step(1e-2).norm))
+        except Exception as error:  # whatever a compiler or a driver raises
+            lines = str(error).strip().splitlines() or [""]
+            return f"those of the update fail on this device ({type(error).__name__}: {lines[-1][:200]})"
+        saes.append(sae)
+    pairs = zip(*(sae.parameters() for sae in saes), strict=True)
+    is_near = all(torch.allclose(plain, found, rtol=1e-4, atol=1e-5) for plain, found in pairs) and abs(norms[1] / norms[0] - 1) < 1e-4
+    return None if is_near else "their update is wrong on this device"
 
 
 class _Large:

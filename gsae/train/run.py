@@ -184,7 +184,7 @@ def _train_bank(
             _resume(runs, point, group)
     missing = runs[0].training.why_no_kernels
     if missing is not None and config.train.kernels and group.device.type == "cuda" and group.is_first:
-        console.warn(f"{spec.site}: trains without kernels, more slowly: {missing}")
+        console.warn_once(f"training goes without kernels, more slowly: {missing}")
     variance = 1.0 if config.train.scale_activations else site.scale**-2
     bank = Bank(spec, config.train, group, stretch, runs, variance, point.step)
     shown = console.training(spec.site, [run.spec.name for run in runs], spec.total_rows, group.is_first, world.num_groups)

@@ -18,7 +18,7 @@ from gsae.sae.pre_activation import pre_activation_loss
 from gsae.sae.products import rounded_factors
 from gsae.sae.sparse import sparse_objective
 from gsae.sae.sparse_on_kernels import sparse_kernel_objective
-from gsae.train.optim import GradientReport, SAEOptimizer
+from gsae.train.optim import GradientReport, SAEOptimizer, why_not_on_kernels
 from gsae.world import without_sum
 
 HYSTERESIS = 1.25
@@ -89,7 +89,9 @@ class TrainingModule(nn.Module):
         self.why_no_kernels: str | None = "train.kernels is false"
         """Why kernels do not make the steps; None where they do."""
         if kernels:
-            self.why_no_kernels = why_not(objective_name, weight.device, weight.dtype, weight.shape[1], products)
+            self.why_no_kernels = why_not(objective_name, weight.device, weight.dtype, weight.shape[1], products) or why_not_on_kernels(
+                weight.device, weight.shape[1]
+            )
         in_bfloat16 = products == "bfloat16"
         if self.why_no_kernels is None:
             self._dense = dense_kernel_objective(objective_name, products)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gsae.sae.objective import build, objective
+from gsae.train import optim
 from gsae.train.optim import SAEOptimizer
 
 UNIT_NORM = ["relu", "gated", "gated-no-aux"]
@@ -137,6 +138,18 @@ def test_kernels_make_the_same_update(name, clip, betas):
         for key, value in snapshot(sae, optimizer).items():
             torch.testing.assert_close(value, snapshot(reference, plain)[key], rtol=1e-5, atol=1e-6)
     assert optimizer.state_tensors().keys() == plain.state_tensors().keys()
+
+
+def test_kernels_of_the_update_are_tried_before_they_are_trusted(monkeypatch):
+    of_update = pytest.importorskip("gsae.train.kernels")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    why_not = optim.why_not_on_kernels.__wrapped__
+    assert why_not(device, 20) is None
+    right = of_update.move
+    monkeypatch.setattr(of_update, "move", lambda *arguments: right(*arguments) or arguments[0].mul_(1.001))
+    assert why_not(device, 20) == "their update is wrong on this device"
+    monkeypatch.setattr(of_update, "measure", lambda *_: 1 / 0)
+    assert why_not(device, 20) == "those of the update fail on this device (ZeroDivisionError: division by zero)"
 
 
 @pytest.mark.gpu
