@@ -102,9 +102,13 @@ def test_the_dense_step_equals_the_dense_reference(name, shift, factors):
 @pytest.mark.parametrize("name", ["relu", "gated"])
 def test_with_bfloat16_factors_the_sparse_step_is_near_the_reference(name):
     sae, x = sae_and_rows(name)
+    with torch.no_grad():
+        for matrix in (sae.encoder, sae.W_dec, sae.b_dec, x):  # so that rounding opens and closes no gate
+            matrix.copy_(matrix.bfloat16())
+        x.copy_((x - sae.b_dec).bfloat16() + sae.b_dec)
     wanted = results(sae, objective(name), x)[1]
     found = results(sae, sparse_kernel_objective(name, in_bfloat16=True), x)[1]
-    assert_near(found, wanted, 0.03)
+    assert_near(found, wanted, 0.02)
     with pytest.raises(AssertionError):
         assert_near(found, wanted, 1e-5)
 
@@ -200,7 +204,7 @@ def test_kernels_are_tried_before_they_are_trusted(products, monkeypatch):
 
     def wrong(*arguments, **settings):
         found = right(*arguments, **settings)
-        found.W_dec[5] *= 2
+        found.W_dec[::2] *= 1.1
         return found
 
     monkeypatch.setattr(kernels, "gradients", wrong)
