@@ -295,7 +295,13 @@ def main() -> None:
     parser.add_argument("--d-model", type=int, default=4096)
     parser.add_argument("--features", type=int, nargs="+", default=[32_768, 131_072])
     parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--l0", type=int, nargs="+", default=[64, 16, 256], help="the first one is for all steps, the others for ours")
+    parser.add_argument(
+        "--l0",
+        type=int,
+        nargs="+",
+        default=[64, 16, 256],
+        help="the first one is for all steps, the others for ours, with the first number of features",
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--counted", action="store_true", help="no measurement: bytes and operations at an H200's rates")
     parser.add_argument("--out", type=Path, help="a folder for gpu.json and gpu.md")
@@ -320,7 +326,7 @@ def main() -> None:
         parameters = 2 * options.d_model * num_features
         encode = 2 * options.rows * options.d_model * num_features / card.bfloat16_operations_per_second
         floor = encode + ADAM_BYTES * parameters / card.copy_bytes_per_second
-        for l0 in options.l0:
+        for l0 in options.l0 if num_features == options.features[0] else options.l0[:1]:
             case = make_case(device, options.rows, options.d_model, num_features, l0)
             names = list(STEPS) if l0 == options.l0[0] else [name for name in STEPS if "bfloat16" in name and "without" not in name]
             for line in measure_steps(case, names, options.rounds):

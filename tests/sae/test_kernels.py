@@ -252,6 +252,6 @@ def test_on_a_gpu_the_step_does_not_wait(name, in_bfloat16):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("products", ["float32", "tf32", "bfloat16"])
 @pytest.mark.parametrize("name", SAE_CLASS)
-@pytest.mark.parametrize("d_model", [64, 576, 4096, 5120])
+@pytest.mark.parametrize("d_model", [576, 4096])
 def test_on_a_gpu_kernels_are_right_at_the_widths_of_llamas(name, d_model, products):
     assert on_kernels.why_wrong(name, DEVICE, d_model, products) is None
