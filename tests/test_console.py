@@ -38,6 +38,13 @@ def test_without_a_terminal_a_line_is_plain_and_timestamped(capsys):
     assert re.fullmatch(STAMP + "warning: 12 % of the squared norm", lines[1])
 
 
+def test_what_is_said_once_is_said_once(capsys):
+    console = open_console(is_first_rank=True)
+    for text in ("no kernels", "no kernels", "another"):
+        console.warn_once(text)
+    assert [line.partition("warning: ")[2] for line in capsys.readouterr().out.splitlines()] == ["no kernels", "another"]
+
+
 def test_other_ranks_are_silent(capsys):
     console = open_console(is_first_rank=False)
     console.say("a")

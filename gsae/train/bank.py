@@ -236,7 +236,12 @@ def make_run(spec: RunSpec, directory: Path, config: TrainConfig, mean: Float[Te
     if config.decoder_bias == "mean":
         with torch.no_grad():
             sae.b_dec.copy_(mean)
-    training = TrainingModule(sae, spec.objective, spec.pre_activation_loss, config.products, kernels=config.kernels)
+    make_module = partial(TrainingModule, sae, spec.objective, spec.pre_activation_loss, config.products)
+    training = make_module(kernels=config.kernels)
+    has_kernels = training.why_no_kernels is None
+    if group.any(not has_kernels) and has_kernels:  # ranks that round differently would drift apart
+        training = make_module(kernels=False)
+        training.why_no_kernels = "another rank of the group cannot run them"
     optimizer = SAEOptimizer(
         sae,
         betas=config.adam_betas,

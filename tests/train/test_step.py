@@ -1,12 +1,18 @@
 """One update: micro-batches add up to the batch and bound the memory; the choice between the dense and the sparse step."""
 
+from pathlib import Path
+
 import pytest
+import ranks
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gsae.config import TrainConfig
 from gsae.sae.objective import SAE_CLASS, build
 from gsae.train import step
+from gsae.train.bank import make_run
 from gsae.train.optim import SAEOptimizer
+from gsae.train.plan import RunSpec
 from gsae.train.step import TrainingModule, update
 from gsae.world import start
 
@@ -131,3 +137,17 @@ def test_kernels_can_be_left_alone(monkeypatch):
     assert module.why_no_kernels == "train.kernels is false"
     module.choose(0.09, 0.1)
     assert module.is_sparse
+
+
+def check_agreement(folder: str) -> None:
+    with start("cpu") as world:
+        step.why_not = lambda *_: None if world.everyone.is_first else "no kernel image is available"
+        spec = RunSpec("a", "resid.1", 1, "gated", False, 0.0, D_MODEL, 40, 0.1, 0, 1e-2)
+        run = make_run(spec, Path(folder), TrainConfig(), torch.zeros(D_MODEL), world.group)
+        expected = "another rank of the group cannot run them" if world.everyone.is_first else "no kernel image is available"
+        assert run.training.why_no_kernels == expected
+
+
+def test_a_group_takes_kernels_only_if_all_its_ranks_can(tmp_path):
+    pytest.importorskip("triton")
+    ranks.run(2, check_agreement, str(tmp_path))
