@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
@@ -97,6 +99,29 @@ def test_the_dense_step_equals_the_dense_reference(name, shift, factors):
     assert torch.equal(out.fired, expected.fired)
     # The interpreter cuts numbers off where it makes them bfloat16; a GPU rounds them.
     assert_near(found, wanted, {"float32": 5e-6, "tf32": 2e-3, "bfloat16": 0.02}[factors])
+
+
+class LargestFloat32(TorchDispatchMode):
+    """The most elements of a float32 tensor that a block makes with one column a feature, weights apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32 and result.shape[1:] == (FEATURES,):
+            self.elements = max(self.elements, result.numel() * (result.shape[0] != D_MODEL))
+        return result
+
+
+@pytest.mark.parametrize(("name", "products"), [("relu", 5), ("gated", 7), ("gated-no-aux", 5), ("gated-norm-weighted", 8)])
+def test_the_dense_step_makes_no_product_more_and_keeps_nothing_of_rows_times_features_in_float32(name, products, small_tiles):
+    sae, x = sae_and_rows(name)
+    with FlopCounterMode(display=False) as operations, LargestFloat32() as largest:
+        results(sae, dense_kernel_objective(name, "bfloat16"), x)
+    assert operations.get_total_flops() == products * 2 * ROWS * D_MODEL * FEATURES
+    assert largest.elements == 5 * FEATURES, "a block of rows"
 
 
 @pytest.mark.parametrize("name", ["relu", "gated"])
