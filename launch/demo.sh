@@ -27,4 +27,9 @@ ranks=1
 if [ ! -e /dev/nvidiactl ] && [ "$(nproc)" -gt 1 ]; then
   ranks=2
 fi
+# A CPU without instructions for bfloat16 products takes a hundred times as long for them.
+quick=$(.venv/bin/python -c 'import torch; c = torch.cpu; print(int(c._is_avx512_bf16_supported() or c._is_amx_tile_supported()))')
+if [ ! -e /dev/nvidiactl ] && [ "$quick" = 0 ]; then
+  options=(--llm.dtype float32 "${options[@]}")
+fi
 TRAIN_RANKS=1 bash launch/pipeline.sh configs/demo.yaml "$ranks" "${options[@]}"

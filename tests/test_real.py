@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import write_config
+from conftest import REAL_LLM_DTYPE, write_config
 from ranks import gsae, run_gsae, started
 
 from gsae.store.runs import find_runs
@@ -28,6 +28,7 @@ def real(tmp_path_factory) -> Path:
     settings["output"] = str(folder / "runs")
     for section, name in (("corpus", "path"), ("llm", "model")):
         settings[section][name] = str(ROOT / settings[section][name])
+    settings["llm"]["dtype"] = REAL_LLM_DTYPE
     settings["corpus"]["num_lanes"] = 4
     settings["harvest"] |= {
         "sites": [2, "middle"],
@@ -43,9 +44,9 @@ def real(tmp_path_factory) -> Path:
     }
     settings["evaluate"] |= {"max_tokens": 2560, "batch_contexts": 4}
     config = write_config(folder / "config.yaml", settings)
-    run_gsae(2, ["harvest", config])
-    run_gsae(1, ["train", config])
-    run_gsae(1, ["evaluate", config])
+    run_gsae(2, ["harvest", config], timeout_seconds=300)
+    run_gsae(1, ["train", config], timeout_seconds=300)
+    run_gsae(1, ["evaluate", config], timeout_seconds=300)
     run_gsae(1, ["report", folder / "runs"])
     return folder
 

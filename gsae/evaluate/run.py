@@ -28,6 +28,7 @@ from gsae.heartbeat import Heartbeat, heartbeat
 from gsae.llm.load import LLM, LLMInfo, describe, load
 from gsae.llm.site import Site, Tail
 from gsae.sae.formats import read_sae
+from gsae.sae.products import SLOW_BFLOAT16, is_quick_at_bfloat16
 from gsae.store.lease import lease
 from gsae.store.manifest import Manifest
 from gsae.store.manifest import load as load_manifest
@@ -102,6 +103,8 @@ class _Work:
 def _load(config: Config, plan: Plan, world: World, console: Console) -> _Work:
     if config.llm.sharding != "replicate":
         console.warn("evaluation runs parts of the LLM by themselves, so each rank holds it whole, whatever llm.sharding says")
+    if config.llm.dtype == "bfloat16" and not is_quick_at_bfloat16(world.device):
+        console.warn_once(SLOW_BFLOAT16)
     with world.everyone.together():
         llm = load(replace(config.llm, sharding="replicate", offload=False), world.device)
         sites = load_sites(plan.manifest, plan.pending, llm, world.device)

@@ -25,6 +25,7 @@ from gsae.heartbeat import heartbeat
 from gsae.llm.load import LLM, LLMInfo, describe, load
 from gsae.llm.packing import prove_packing
 from gsae.llm.site import resolve_sites
+from gsae.sae.products import SLOW_BFLOAT16, is_quick_at_bfloat16
 from gsae.store import finish, manifest
 from gsae.store.durable import require_writable
 from gsae.store.lease import clear, lease
@@ -58,6 +59,8 @@ def run_harvest(config: Config, world: World) -> None:
         @cache
         def claim() -> LLM:
             """The LLM, and the store to itself; not before, since a setting that cannot be is not to claim the directory."""
+            if config.llm.dtype == "bfloat16" and not is_quick_at_bfloat16(world.device):
+                console.warn_once(SLOW_BFLOAT16)
             llm = _load_llm(config, layout, world)
             world.everyone.on_first(lambda: require_writable(store, "harvest.store"))
             holding.enter_context(lease(store, "harvest", "harvest.store", world.everyone, console.say))

@@ -12,6 +12,7 @@ Everything else stays as it is: biases, nonlinearities, norms, losses, and sums 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,17 @@ from torch.autograd.function import once_differentiable
 
 from gsae.config import ProductsName
 
+
+@cache
+def is_quick_at_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16 products; a CPU without them takes up to a hundred times as long as for float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+SLOW_BFLOAT16 = "this device has no instructions for bfloat16 products: --llm.dtype float32 makes the LLM many times as fast"
+"""What to tell who has an LLM in bfloat16 on such a device."""
 _FACTORS: ContextVar[ProductsName] = ContextVar("_FACTORS", default="float32")
 
 

@@ -5,7 +5,6 @@ the faster step once few gates are open (docs/performance.md), and holds no rows
 """
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -17,6 +16,7 @@ from gsae.config import ObjectiveName
 from gsae.sae.active import find_active
 from gsae.sae.gated import GatedSAE
 from gsae.sae.objective import SAE, Forward, Losses, Objective
+from gsae.sae.products import is_quick_at_bfloat16
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,13 @@ def sparse_objective(name: ObjectiveName, *, in_bfloat16: bool | None = None) ->
 
     def step(sae: SAE, x: Float[Tensor, "rows d_model"]) -> Forward:
         magnitude_parameters = (sae.r_mag, sae.b_mag) if isinstance(sae, GatedSAE) else (None, None)
-        is_proposed = in_bfloat16 if in_bfloat16 is not None else x.dtype == torch.float32 and _is_quick_at_bfloat16(x.device)
+        is_proposed = in_bfloat16 if in_bfloat16 is not None else x.dtype == torch.float32 and is_quick_at_bfloat16(x.device)
         reconstruction, sparsity, auxiliary, x_hat, fired, opened = _SparseStep.apply(  # type: ignore[no-untyped-call]
             TERMS[name], is_proposed, x, sae.encoder, sae.gate_bias, *magnitude_parameters, sae.W_dec, sae.b_dec
         )
         return Forward(Losses(reconstruction, sparsity, auxiliary), x_hat, fired, opened)
 
     return step
-
-
-@cache
-def _is_quick_at_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class _SparseStep(torch.autograd.Function):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import write_config
+from conftest import REAL_LLM_DTYPE, write_config
 from ranks import run_gsae
 from torch import Tensor
 from trees import tree
@@ -29,6 +29,7 @@ def config_of(folder: Path, **harvest) -> Path:
     settings["output"] = str(folder / "runs")
     for section, key in (("corpus", "path"), ("llm", "model")):
         settings[section][key] = str(ROOT / settings[section][key])
+    settings["llm"]["dtype"] = REAL_LLM_DTYPE
     settings["corpus"] |= {"num_lanes": 4, "max_document_characters": None}
     settings["harvest"] |= {"batch_contexts": 4, "contexts_per_shard": 4, "calibration_contexts": 4, "max_tokens": 4096} | harvest
     return write_config(folder / "config.yaml", settings)
@@ -38,7 +39,7 @@ def config_of(folder: Path, **harvest) -> Path:
 def one_rank(tmp_path_factory) -> Path:
     """The store of one rank."""
     folder = tmp_path_factory.mktemp("one")
-    run_gsae(1, ["harvest", config_of(folder)])
+    run_gsae(1, ["harvest", config_of(folder)], timeout_seconds=300)
     return folder / "runs/store"
 
 
@@ -71,7 +72,7 @@ def test_nearly_all_tokens_that_are_computed_are_real(one_rank):
 def test_packed_and_unpacked_rows_agree(one_rank, tmp_path):
     """The same tokens at the same positions of the same documents, most of them in the same segments; attention across segments would
     move half of each row."""
-    run_gsae(2, ["harvest", config_of(tmp_path, packed=False, max_tokens=8192)])
+    run_gsae(2, ["harvest", config_of(tmp_path, packed=False, max_tokens=8192)], timeout_seconds=300)
     assert json.loads((tmp_path / "runs/store/manifest.json").read_text())["identity"]["packed"] is False
     packed, alone = (rows_by_place(store) for store in (one_rank, tmp_path / "runs/store"))
     shared = packed.keys() & alone.keys()
