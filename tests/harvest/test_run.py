@@ -16,6 +16,7 @@ from gsae.config import LLMConfig, RandomLlamaConfig
 from gsae.corpus.contexts import Packer
 from gsae.corpus.documents import read_pieces
 from gsae.llm.load import load
+from gsae.sae.products import SLOW_BFLOAT16, is_quick_at_bfloat16
 from gsae.settings import read_config
 from gsae.store import manifest
 from gsae.store.progress import read_records
@@ -117,6 +118,13 @@ def test_max_tokens_ends_every_lane_at_the_same_shard(whole, tmp_path):
         records = read_records(tmp_path / "runs/store", lane)
         assert [(record.contexts, record.last) for record in records] == [(8, False), (8, True)]
         assert [record.end for record in records] == [record.end for record in read_records(whole / "runs/store", lane)[:2]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_device_that_is_slow_at_bfloat16_is_told_of(whole, tmp_path, dtype):
+    is_slow = dtype == "bfloat16" and not is_quick_at_bfloat16(torch.device("cpu"))
+    shown = run_gsae(1, ["harvest", again(whole, tmp_path, max_tokens=512), "--llm.dtype", dtype])
+    assert shown.count(f"warning: {SLOW_BFLOAT16}") == is_slow
 
 
 def test_a_setting_that_cannot_be_does_not_claim_the_directory(whole, tmp_path):
