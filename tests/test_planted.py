@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from gsae.sae.objective import build
+from gsae.sae.products import is_quick_at_bfloat16
 
 
 def load_benchmark(name: str):
@@ -47,7 +49,8 @@ def test_training_without_the_auxiliary_term_does_not_recover_them():
 IN_FLOAT32 = {"mmcs": (0.9873, 0.9975), "l0": (6.118, 6.204), "fvu": (0.0641, 0.0730)}
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+# Two minutes a seed on a CPU without instructions for such products.
+@pytest.mark.parametrize("seed", [0, 1, 2] if is_quick_at_bfloat16(torch.device("cpu")) else [0])
 def test_products_in_bfloat16_find_as_much_to_within_the_noise_between_seeds(seed):
     found = planted.recover(planted.Recipe(products="bfloat16", sparse_below_density=0), seed)
     for reading, (low, high) in IN_FLOAT32.items():
