@@ -28,8 +28,8 @@ if [ ! -e /dev/nvidiactl ] && [ "$(nproc)" -gt 1 ]; then
   ranks=2
 fi
 # A CPU without instructions for bfloat16 products takes a hundred times as long for them.
-quick=$(.venv/bin/python -c 'import torch; c = torch.cpu; print(int(c._is_avx512_bf16_supported() or c._is_amx_tile_supported()))')
-if [ ! -e /dev/nvidiactl ] && [ "$quick" = 0 ]; then
+quick='import torch; from gsae.sae.products import is_quick_at_bfloat16; print(is_quick_at_bfloat16(torch.device("cpu")))'
+if [ ! -e /dev/nvidiactl ] && [ "$(.venv/bin/python -c "$quick")" = False ]; then
   options=(--llm.dtype float32 "${options[@]}")
 fi
 TRAIN_RANKS=1 bash launch/pipeline.sh configs/demo.yaml "$ranks" "${options[@]}"

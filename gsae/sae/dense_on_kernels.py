@@ -8,15 +8,13 @@ type of the factors: with bfloat16 factors nothing of rows x features is in floa
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gsae.config import ObjectiveName, ProductsName
-from gsae.sae.gated import GatedSAE
-from gsae.sae.objective import SAE, Forward, Losses, Objective
+from gsae.sae.objective import Objective
 from gsae.sae.products import multiply_rounded
-from gsae.sae.sparse import TERMS, Terms
+from gsae.sae.sparse import TERMS, Terms, forward_by
 
 BLOCK_ELEMENTS = 1 << 25
 """Elements of rows x features whose products are in memory at once."""
@@ -29,15 +27,7 @@ def dense_kernel_objective(name: ObjectiveName, factors: ProductsName = "float32
         name: the objective.
         factors: what the products' factors are rounded to; everything else, and every sum, is in float32.
     """
-
-    def step(sae: SAE, x: Float[Tensor, "rows d_model"]) -> Forward:
-        magnitude_parameters = (sae.r_mag, sae.b_mag) if isinstance(sae, GatedSAE) else (None, None)
-        reconstruction, sparsity, auxiliary, x_hat, fired, opened = _DenseStep.apply(  # type: ignore[no-untyped-call]
-            TERMS[name], factors, x, sae.encoder, sae.gate_bias, *magnitude_parameters, sae.W_dec, sae.b_dec
-        )
-        return Forward(Losses(reconstruction, sparsity, auxiliary), x_hat, fired, opened)
-
-    return step
+    return lambda sae, x: forward_by(_DenseStep, (TERMS[name], factors), sae, x)
 
 
 class _DenseStep(torch.autograd.Function):
@@ -57,7 +47,7 @@ class _DenseStep(torch.autograd.Function):
         b_dec: Tensor,
     ) -> tuple[Tensor, ...]:
         """The three losses, which alone are differentiable; x_hat; rows at which features fired; rows at which gates were open."""
-        from gsae.sae import kernels
+        from gsae.sae import dense_kernels
 
         num_rows, num_features = len(x), len(W_dec)
         centred = x - b_dec
@@ -69,7 +59,7 @@ class _DenseStep(torch.autograd.Function):
         penalty = x.new_zeros(())
         for block in _blocks(num_rows, num_features):
             products = _multiply(rows[block], directions.T, factors)
-            found, part = kernels.open_gates(products, gate_bias, magnitude, norms, f[block], g[block])
+            found, part = dense_kernels.open_gates(products, gate_bias, magnitude, norms, f[block], g[block])
             counts += found
             penalty += part
         error = _multiply(f, decoder, factors) - centred
@@ -85,7 +75,7 @@ class _DenseStep(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, reconstruction: Tensor, sparsity: Tensor, auxiliary: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the parameters, given those of the three losses; only once, since relu(pi_gate) makes room for that of a."""
-        from gsae.sae import kernels
+        from gsae.sae import dense_kernels
 
         rows, encoder, decoder, W_dec, r_mag, b_mag, f, g, error, gate_error = ctx.saved_tensors
         magnitude = None if r_mag is None or b_mag is None else (r_mag, b_mag)
@@ -105,7 +95,7 @@ class _DenseStep(torch.autograd.Function):
         for block in _blocks(*f.shape):
             products = _multiply(rounded[block], decoder.T, factors)
             gate_products = None if gate_rounded is None else _multiply(gate_rounded[block], decoder.T, factors)
-            totals += kernels.to_products(products, gate_products, f[block], g[block], magnitude, ctx.norms, scales, da=g[block])
+            totals += dense_kernels.to_products(products, gate_products, f[block], g[block], magnitude, ctx.norms, scales, da=g[block])
         da_total, dg_total, df_total, dr_total = totals
         db_dec -= encoder @ da_total
         of_magnitude = (None, None) if r_mag is None else (dr_total, df_total)

@@ -45,17 +45,22 @@ def why_wrong(name: ObjectiveName, device: torch.device, d_model: int, products:
             if own.shape == (_FEATURES,):  # biases and r_mag begin at 0
                 own.copy_(torch.linspace(-0.25, 0.25, _FEATURES).bfloat16())
     x = torch.randn(_ROWS, d_model, generator=torch.Generator().manual_seed(1)).bfloat16().float().to(device)
-    wanted = _gradients(sae, sparse_objective(name, in_bfloat16=False), x)
-    for step in (sparse_kernel_objective(name, in_bfloat16=products == "bfloat16"), dense_kernel_objective(name, products)):
-        try:
+    try:
+        wanted = _gradients(sae, sparse_objective(name, in_bfloat16=False), x)
+        for step in (sparse_kernel_objective(name, in_bfloat16=products == "bfloat16"), dense_kernel_objective(name, products)):
             found = _gradients(sae, step, x)
-        except Exception as error:  # whatever a compiler or a driver raises
-            lines = str(error).strip().splitlines() or [""]
-            return f"they fail on this device ({type(error).__name__}: {lines[-1][:200]})"
-        for parameter, gradient in wanted.items():
-            if not float((found[parameter] - gradient).norm()) <= TOLERANCE[products] * float(gradient.norm()):
-                return f"their gradient of {parameter} is wrong on this device"
+            for parameter, gradient in wanted.items():
+                if not float((found[parameter] - gradient).norm()) <= TOLERANCE[products] * float(gradient.norm()):
+                    return f"their gradient of {parameter} is wrong on this device"
+    except Exception as error:  # whatever a compiler or a driver raises
+        return f"they fail on this device ({shortened(error)})"
     return None
+
+
+def shortened(error: Exception) -> str:
+    """The last line of what a compiler or a driver says, and what kind of error it is."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1][:200]}"
 
 
 def _gradients(sae: SAE, step: Objective, x: Tensor) -> dict[str, Tensor]:

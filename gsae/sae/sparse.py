@@ -49,14 +49,19 @@ def sparse_objective(name: ObjectiveName, *, in_bfloat16: bool | None = None) ->
     """
 
     def step(sae: SAE, x: Float[Tensor, "rows d_model"]) -> Forward:
-        magnitude_parameters = (sae.r_mag, sae.b_mag) if isinstance(sae, GatedSAE) else (None, None)
         is_proposed = in_bfloat16 if in_bfloat16 is not None else x.dtype == torch.float32 and is_quick_at_bfloat16(x.device)
-        reconstruction, sparsity, auxiliary, x_hat, fired, opened = _SparseStep.apply(  # type: ignore[no-untyped-call]
-            TERMS[name], is_proposed, x, sae.encoder, sae.gate_bias, *magnitude_parameters, sae.W_dec, sae.b_dec
-        )
-        return Forward(Losses(reconstruction, sparsity, auxiliary), x_hat, fired, opened)
+        return forward_by(_SparseStep, (TERMS[name], is_proposed), sae, x)
 
     return step
+
+
+def forward_by(function: type[torch.autograd.Function], settings: tuple[Any, ...], sae: SAE, x: Float[Tensor, "rows d_model"]) -> Forward:
+    """The forward pass that a function makes of its settings, x, encoder, gate bias, r_mag, b_mag, W_dec and b_dec."""
+    magnitude_parameters = (sae.r_mag, sae.b_mag) if isinstance(sae, GatedSAE) else (None, None)
+    reconstruction, sparsity, auxiliary, x_hat, fired, opened = function.apply(  # type: ignore[no-untyped-call]
+        *settings, x, sae.encoder, sae.gate_bias, *magnitude_parameters, sae.W_dec, sae.b_dec
+    )
+    return Forward(Losses(reconstruction, sparsity, auxiliary), x_hat, fired, opened)
 
 
 class _SparseStep(torch.autograd.Function):

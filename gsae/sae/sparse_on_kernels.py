@@ -16,10 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from gsae.config import ObjectiveName
 from gsae.sae.active import BFLOAT16_ERROR, bounded_directions, bounded_rows
-from gsae.sae.gated import GatedSAE
-from gsae.sae.objective import SAE, Forward, Losses, Objective
+from gsae.sae.objective import Objective
 from gsae.sae.products import sums_in_float32
-from gsae.sae.sparse import TERMS, Terms
+from gsae.sae.sparse import TERMS, Terms, forward_by
 
 SMALLEST_CAPACITY = 1 << 14
 PRODUCTS_ELEMENTS = 1 << 26
@@ -52,17 +51,8 @@ def sparse_kernel_objective(
         capacity: the room in the list of entries to begin with.
         proposer: who finds the entries; None takes the quicker one.
     """
-    capacity = capacity or Capacity()
-
-    def step(sae: SAE, x: Float[Tensor, "rows d_model"]) -> Forward:
-        magnitude_parameters = (sae.r_mag, sae.b_mag) if isinstance(sae, GatedSAE) else (None, None)
-        settings = _Settings(TERMS[name], in_bfloat16, capacity, proposer or _quicker)
-        reconstruction, sparsity, auxiliary, x_hat, fired, opened = _KernelStep.apply(  # type: ignore[no-untyped-call]
-            settings, x, sae.encoder, sae.gate_bias, *magnitude_parameters, sae.W_dec, sae.b_dec
-        )
-        return Forward(Losses(reconstruction, sparsity, auxiliary), x_hat, fired, opened)
-
-    return step
+    settings = _Settings(TERMS[name], in_bfloat16, capacity or Capacity(), proposer or _quicker)
+    return lambda sae, x: forward_by(_KernelStep, (settings,), sae, x)
 
 
 @dataclass(frozen=True)
@@ -70,20 +60,16 @@ class Factors:
     """What is multiplied to find entries."""
 
     x: Float[Tensor, "rows d_model"]
-    """Rows less b_dec, float32."""
+    """Rows less b_dec, rounded to bfloat16."""
     directions: Float[Tensor, "features d_model"]
-    """Of the encoder, float32."""
+    """Of the encoder, rounded to bfloat16."""
     bias: Float[Tensor, " features"]
-    rounded_x: Float[Tensor, "rows d_model"]
-    """In bfloat16."""
-    rounded_directions: Float[Tensor, "features d_model"]
-    """In bfloat16."""
     is_exact: bool
-    """Whether the gates are decided by the float32 product, rather than by that of the rounded factors."""
+    """Whether the gates are decided by the product before rounding, rather than by that of these factors."""
 
     @property
     def error(self) -> float:
-        """Bound of the rounded factors' product, summed in float32 in any order, from what decides; in units of both norms' product."""
+        """Bound of the product, summed in float32 in any order, from what decides; in units of both norms' product."""
         return (BFLOAT16_ERROR if self.is_exact else 2.0**-20) + 2 * self.x.shape[1] * 2.0**-24
 
 
@@ -93,22 +79,22 @@ Proposer = Callable[[Factors], Int[Tensor, "rows words"]]
 
 def propose_fused(factors: Factors) -> Int[Tensor, "rows words"]:
     """In one kernel: the product never is in memory."""
-    from gsae.sae import kernels
+    from gsae.sae import entry_kernels
 
-    return kernels.propose(factors.rounded_x, factors.rounded_directions, factors.bias, factors.error)
+    return entry_kernels.propose(factors.x, factors.directions, factors.bias, factors.error)
 
 
 def propose_from_products(factors: Factors) -> Int[Tensor, "rows words"]:
     """With the library's own product, a block of rows at a time, and a kernel that looks at it."""
-    from gsae.sae import kernels
+    from gsae.sae import entry_kernels
 
     num_features = len(factors.directions)
-    words = factors.x.new_empty(len(factors.x), -(-num_features // kernels.WORD_BITS), dtype=torch.int32)
-    rows, directions = bounded_rows(factors.rounded_x), bounded_directions(factors.rounded_directions, factors.bias, factors.error)
+    words = factors.x.new_empty(len(factors.x), -(-num_features // entry_kernels.WORD_BITS), dtype=torch.int32)
+    rows, directions = bounded_rows(factors.x), bounded_directions(factors.directions, factors.bias, factors.error)
     block_rows = max(1, PRODUCTS_ELEMENTS // num_features)
     with sums_in_float32():
         for start in range(0, len(rows), block_rows):
-            kernels.pack(rows[start : start + block_rows] @ directions.T, words[start : start + block_rows])
+            entry_kernels.pack(rows[start : start + block_rows] @ directions.T, words[start : start + block_rows])
     return words
 
 
@@ -164,18 +150,18 @@ class _KernelStep(torch.autograd.Function):
         b_dec: Tensor,
     ) -> tuple[Tensor, ...]:
         """The three losses, which alone are differentiable; x_hat; rows at which features fired; rows at which gates were open."""
-        from gsae.sae import kernels
+        from gsae.sae import entry_kernels, kernels
 
         terms, capacity = settings.terms, settings.capacity
         centred, directions = x - b_dec, encoder.T
         rounded_x, rounded_directions = centred.bfloat16(), directions.bfloat16()
-        words = settings.proposer(Factors(centred, directions, gate_bias, rounded_x, rounded_directions, not settings.in_bfloat16))
+        words = settings.proposer(Factors(rounded_x, rounded_directions, gate_bias, is_exact=not settings.in_bfloat16))
         deciding = (rounded_x, rounded_directions) if settings.in_bfloat16 else (centred, directions)
         factor = W_dec.bfloat16() if settings.in_bfloat16 else W_dec
         norms = torch.linalg.vector_norm(W_dec, dim=1) if terms.weighs_norms else None
         has_auxiliary = terms.auxiliary != "none"
         while True:
-            entries = kernels.list_entries(words, *deciding, gate_bias, capacity.entries)
+            entries = entry_kernels.list_entries(words, *deciding, gate_bias, capacity.entries)
             num_proposed = _Number(entries.num_proposed)
             magnitude = None if r_mag is None or b_mag is None else (r_mag, b_mag)
             decoded = kernels.decode(entries, gate_bias, magnitude, norms, factor, centred, has_auxiliary=has_auxiliary)

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gsae.sae.objective import SAE, build
+from gsae.sae.on_kernels import shortened
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,8 +131,7 @@ def why_not_on_kernels(device: torch.device, d_model: int) -> str | None:
         try:
             norms.append(float(optimizer.step(1e-2).norm))
         except Exception as error:  # whatever a compiler or a driver raises
-            lines = str(error).strip().splitlines() or [""]
-            return f"those of the update fail on this device ({type(error).__name__}: {lines[-1][:200]})"
+            return f"those of the update fail on this device ({shortened(error)})"
         saes.append(sae)
     pairs = zip(*(sae.parameters() for sae in saes), strict=True)
     is_near = all(torch.allclose(plain, found, rtol=1e-4, atol=1e-5) for plain, found in pairs) and abs(norms[1] / norms[0] - 1) < 1e-4

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gsae.sae import kernels, sparse_on_kernels
+from gsae.sae import dense_kernels, entry_kernels, kernels, sparse_on_kernels
 from gsae.sae.dense_on_kernels import dense_kernel_objective
 from gsae.sae.objective import build
 from gsae.sae.sparse_on_kernels import propose_from_products, propose_fused, sparse_kernel_objective
@@ -80,7 +80,7 @@ def registers_of(ptx: str, capability: int) -> str:
 
 
 def main(capability: int, objectives: list[str]) -> None:
-    for module in (kernels, of_update):
+    for module in (entry_kernels, kernels, dense_kernels, of_update):
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.JITFunction):
                 setattr(module, name, Recorder(value, capability))

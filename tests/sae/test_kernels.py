@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
-from gsae.sae import dense_on_kernels, kernels, on_kernels, sparse_on_kernels
+from gsae.sae import dense_kernels, dense_on_kernels, entry_kernels, kernels, on_kernels, sparse_on_kernels
 from gsae.sae.dense_on_kernels import dense_kernel_objective
 from gsae.sae.objective import SAE_CLASS, build, objective
 from gsae.sae.products import rounded_factors
@@ -28,10 +28,11 @@ SOME, NONE, ALL = -1.0, -1e3, 1e3
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Vectors and lists take several tiles."""
-    for name in ("_WIDTH", "_PRODUCT_WIDTH"):
-        monkeypatch.setattr(kernels, name, 16)
-    monkeypatch.setattr(kernels, "_ENTRIES", 4)
-    monkeypatch.setattr(kernels, "_WORDS", 1)
+    monkeypatch.setattr(kernels, "_WIDTH", 16)
+    for module in (entry_kernels, kernels):
+        monkeypatch.setattr(module, "PRODUCT_WIDTH", 16)
+        monkeypatch.setattr(module, "ENTRIES", 4)
+    monkeypatch.setattr(entry_kernels, "_WORDS", 1)
     monkeypatch.setattr(dense_on_kernels, "BLOCK_ELEMENTS", 5 * FEATURES)
     monkeypatch.setattr(sparse_on_kernels, "PRODUCTS_ELEMENTS", 5 * FEATURES)
 
@@ -159,8 +160,8 @@ def test_a_list_that_is_too_short_grows_and_loses_no_entry(monkeypatch, capacity
     monkeypatch.setattr(sparse_on_kernels, "SMALLEST_CAPACITY", 1)
     sae, x = sae_and_rows("gated")
     expected, wanted = results(sae, objective("gated"), x)
-    room, lists, whole = Capacity(capacity), [], kernels.list_entries
-    monkeypatch.setattr(kernels, "list_entries", lambda *arguments: lists.append(arguments[-1]) or whole(*arguments))
+    room, lists, whole = Capacity(capacity), [], entry_kernels.list_entries
+    monkeypatch.setattr(entry_kernels, "list_entries", lambda *arguments: lists.append(arguments[-1]) or whole(*arguments))
     out, found = results(sae, sparse_kernel_objective("gated", capacity=room), x)
     assert lists == [capacity, room.entries]
     assert room.entries >= int(expected.opened.sum()) > capacity
@@ -188,7 +189,7 @@ def test_what_is_proposed_over_several_tiles_holds_every_open_gate_and_few_other
     generator = torch.Generator().manual_seed(0)
     x, directions = torch.randn(150, 70, generator=generator).to(DEVICE), torch.randn(300, 70, generator=generator).to(DEVICE)
     bias = torch.randn(300, generator=generator).to(DEVICE) - 12
-    words = proposer(Factors(x, directions, bias, x.bfloat16(), directions.bfloat16(), is_exact=True))
+    words = proposer(Factors(x.bfloat16(), directions.bfloat16(), bias, is_exact=True))
     assert words.shape == (150, 10)
     bits = ((words[:, :, None] >> torch.arange(32, device=DEVICE)) & 1).bool().flatten(1)
     assert not bits[:, 300:].any()
@@ -240,7 +241,7 @@ def test_kernels_that_do_not_compile_are_done_without(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("a long story\nno kernel image is available")
 
-    monkeypatch.setattr(kernels, "open_gates", fail)
+    monkeypatch.setattr(dense_kernels, "open_gates", fail)
     found = on_kernels.why_wrong("gated", DEVICE, D_MODEL, "float32")
     assert found == "they fail on this device (RuntimeError: no kernel image is available)"
 

@@ -143,9 +143,15 @@ def check_agreement(folder: str) -> None:
     with start("cpu") as world:
         step.why_not = lambda *_: None if world.everyone.is_first else "no kernel image is available"
         spec = RunSpec("a", "resid.1", 1, "gated", False, 0.0, D_MODEL, 40, 0.1, 0, 1e-2)
-        run = make_run(spec, Path(folder), TrainConfig(), torch.zeros(D_MODEL), world.group)
+
+        def why_not(**train: bool) -> str | None:
+            return make_run(spec, Path(folder), TrainConfig(**train), torch.zeros(D_MODEL), world.group).training.why_no_kernels
+
         expected = "another rank of the group cannot run them" if world.everyone.is_first else "no kernel image is available"
-        assert run.training.why_no_kernels == expected
+        assert why_not() == expected
+        assert why_not(kernels=False) == "train.kernels is false"
+        step.why_not = lambda *_: None
+        assert why_not() is None
 
 
 def test_a_group_takes_kernels_only_if_all_its_ranks_can(tmp_path):
