@@ -110,6 +110,15 @@ def test_rows_times_features_are_never_in_memory_together(monkeypatch, in_bfloat
     assert largest.elements == 16 * 256
 
 
+@pytest.mark.parametrize("d_model", [1021, 1024])
+def test_an_entry_is_proposed_though_all_of_it_is_rounded_against_it(d_model):
+    """Factors are rounded to 1: their product is too small by all that the bound allows. With 1021 of them the bias is rounded away too."""
+    x = torch.full((1, d_model), 1 + 2.0**-8 - 2.0**-16, dtype=torch.float64)
+    bias = -(x @ x.T)[0] * (1 - 1e-9)
+    assert entries(find_active(x, x.T, bias, in_bfloat16=True)) == expected(x, x.T, bias)
+    assert len(expected(x, x.T, bias)) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("in_bfloat16", [False, True])

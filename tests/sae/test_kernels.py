@@ -200,6 +200,15 @@ def test_what_is_proposed_over_several_tiles_holds_every_open_gate_and_few_other
     assert 0.01 < float((pi_gate > 0).double().mean()) < 0.2
 
 
+@pytest.mark.parametrize("proposer", [propose_fused, propose_from_products])
+def test_an_entry_is_proposed_though_all_of_it_is_rounded_against_it(proposer):
+    """As in test_active.py."""
+    x = torch.full((1, 1021), 1 + 2.0**-8 - 2.0**-16, device=DEVICE)
+    for share, is_proposed in ((1 - 1e-6, True), (1.03, False)):
+        bias = -(x.double() @ x.double().T)[0].float() * share
+        assert bool(proposer(Factors(x.bfloat16(), x.bfloat16(), bias, is_exact=True)).any()) == is_proposed
+
+
 @pytest.mark.parametrize("step", [sparse_kernel_objective, dense_kernel_objective])
 @pytest.mark.parametrize("where", ["x", "W_gate", "b_gate", "W_dec"])
 def test_what_is_not_finite_is_not_hidden(step, where):
