@@ -155,7 +155,9 @@ def _stage_of_config(stage: str, words: list[str], before: Callable[[Config], No
     from gsae import world
 
     run: Callable[..., None] = getattr(import_module(f"gsae.{stage}.run"), f"run_{stage}")
-    with world.start(config.device, config.train.groups if stage == "train" else 1) as ranks:
+    groups = config.train.groups if stage == "train" else 1
+    feature_ranks = config.train.feature_ranks if stage != "harvest" else 1
+    with world.start(config.device, groups, feature_ranks=feature_ranks) as ranks:
         if before is not None:
             ranks.everyone.on_first(lambda: before(config))
         if stage == "train" and config.train.evaluate_every_fraction is not None:

@@ -32,13 +32,27 @@ def again(trained: Path, folder: Path, **train) -> Path:
 
 
 def final_states(output: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """All tensors of the last checkpoint of each run."""
+    """All tensors of the last checkpoint of each run, whatever parts they are in."""
     states = {}
     for run in find_runs(output):
         last = checkpoints(run)[-1].path
         assert damage(last) == []
-        states[str(run.relative_to(output))] = load_file(last / "sae.safetensors") | load_file(last / "state.safetensors")
+        states[str(run.relative_to(output))] = whole(last, "sae") | whole(last, "state")
     return states
+
+
+def whole(checkpoint: Path, stem: str) -> dict[str, torch.Tensor]:
+    """The tensors of the files of this name, joined by features."""
+    parts = [load_file(path) for path in sorted(checkpoint.glob(f"{stem}*.safetensors"))]
+    return {name: join(name, [part[name] for part in parts]) for name in parts[0]}
+
+
+def join(name: str, parts: list[torch.Tensor]) -> torch.Tensor:
+    """Parts of a tensor, of encoders by columns; of what does not belong to features all are the same."""
+    if name.endswith((".step", "position")) or "b_dec" in name:
+        assert all(torch.equal(part, parts[0]) for part in parts), name
+        return parts[0]
+    return torch.cat(parts, dim=1 if "W_gate" in name or "W_enc" in name else 0)
 
 
 def lines(output: Path) -> dict[str, list[dict]]:

@@ -195,6 +195,12 @@ class TrainConfig:
     """Whether rows are multiplied by the site's scale (unit variance in all); false trains on raw rows."""
     groups: int = 1
     """Number of groups of ranks; each trains one site at a time."""
+    feature_ranks: int = 1
+    """Ranks of a group that share the features of each dictionary: each of them holds that part of the features with their optimizer
+    state, and sees the same rows. A group of R ranks is a grid of R / feature_ranks rows of ranks, which share the rows of a batch. For
+    dictionaries that one rank cannot hold; evaluation splits them alike."""
+    shared_reads: bool = True
+    """Whether, of the ranks that see the same rows, one reads them and sends them to the others; false has each of them read."""
     dtype: Literal["float32", "float64"] = "float32"
     """Type of weights, losses, gradients and Adam's state, and of products unless `products` says otherwise."""
     products: ProductsName = "float32"
@@ -238,6 +244,7 @@ class TrainConfig:
             "window_rows",
             "read_threads",
             "groups",
+            "feature_ranks",
             "log_every_steps",
             "keep_checkpoints",
             "evaluate_tokens",

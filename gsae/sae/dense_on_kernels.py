@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from gsae.config import ObjectiveName, ProductsName
 from gsae.sae.objective import Objective
+from gsae.sae.part import Part
 from gsae.sae.products import multiply_rounded
-from gsae.sae.sparse import TERMS, Terms, forward_by
+from gsae.sae.sparse import TERMS, Terms, forward_by, sum_parts
 
 BLOCK_ELEMENTS = 1 << 25
 """Elements of rows x features whose products are in memory at once."""
@@ -38,6 +39,7 @@ class _DenseStep(torch.autograd.Function):
         ctx: Any,
         terms: Terms,
         factors: ProductsName,
+        part: Part | None,
         x: Tensor,
         encoder: Tensor,
         gate_bias: Tensor,
@@ -59,12 +61,15 @@ class _DenseStep(torch.autograd.Function):
         penalty = x.new_zeros(())
         for block in _blocks(num_rows, num_features):
             products = _multiply(rows[block], directions.T, factors)
-            found, part = dense_kernels.open_gates(products, gate_bias, magnitude, norms, f[block], g[block])
+            found, added = dense_kernels.open_gates(products, gate_bias, magnitude, norms, f[block], g[block])
             counts += found
-            penalty += part
-        error = _multiply(f, decoder, factors) - centred
-        gate_error = None if terms.auxiliary == "none" else _multiply(g, decoder, factors) - centred
-        ctx.terms, ctx.factors, ctx.norms = terms, factors, norms
+            penalty += added
+        own_gates = None if terms.auxiliary == "none" else _multiply(g, decoder, factors)
+        decoded, gates_decoded = sum_parts(part, _multiply(f, decoder, factors), own_gates)
+        assert decoded is not None
+        error = decoded - centred
+        gate_error = None if gates_decoded is None else gates_decoded - centred
+        ctx.terms, ctx.factors, ctx.part, ctx.norms = terms, factors, part, norms
         ctx.save_for_backward(rows, encoder, decoder, W_dec, r_mag, b_mag, f, g, error, gate_error)
         losses = (error.square().sum(), penalty, x.new_zeros(()) if gate_error is None else gate_error.square().sum())
         x_hat, (fired, opened) = x + error, counts
@@ -84,10 +89,11 @@ class _DenseStep(torch.autograd.Function):
         rounded = _factor(error, factors)
         gate_rounded = None if gate_error is None else _factor(gate_error, factors)
         dW_dec = scales[0] * _multiply(f.T, rounded, factors)
-        db_dec = scales[0] * error.sum(dim=0)
+        learns_b_dec = ctx.part is None or ctx.part.is_first
+        db_dec = scales[0] * error.sum(dim=0) * learns_b_dec
         if is_free and gate_rounded is not None:
             dW_dec += scales[2] * _multiply(g.T, gate_rounded, factors)
-            db_dec += scales[2] * gate_error.sum(dim=0)
+            db_dec += scales[2] * gate_error.sum(dim=0) * learns_b_dec
         if ctx.norms is not None:
             totals = torch.where(ctx.norms > 0, scales[1] * g.sum(dim=0, dtype=torch.float32) / ctx.norms, 0.0)
             dW_dec.addcmul_(totals[:, None], W_dec)
@@ -99,7 +105,7 @@ class _DenseStep(torch.autograd.Function):
         da_total, dg_total, df_total, dr_total = totals
         db_dec -= encoder @ da_total
         of_magnitude = (None, None) if r_mag is None else (dr_total, df_total)
-        return None, None, None, _multiply(g.T, rows, factors).T, dg_total, *of_magnitude, dW_dec, db_dec
+        return None, None, None, None, _multiply(g.T, rows, factors).T, dg_total, *of_magnitude, dW_dec, db_dec
 
 
 def _blocks(num_rows: int, num_features: int) -> list[slice]:

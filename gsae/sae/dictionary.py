@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gsae.sae.products import affine
+from gsae.sae.part import Part
+from gsae.sae.products import affine, product
 
 
 class Dictionary(nn.Module):
@@ -19,9 +20,12 @@ class Dictionary(nn.Module):
 
     FEATURE_AXIS: ClassVar[Mapping[str, int]]
     """The axis along which a parameter has one slice a feature; b_dec has none."""
+    part: Part | None
+    """Which features of a dictionary these are; None: all of them."""
 
     def __init__(self, d_model: int, num_features: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self.part = None
         self.W_dec = nn.Parameter(torch.zeros(num_features, d_model, dtype=dtype))
         self.b_dec = nn.Parameter(torch.zeros(d_model, dtype=dtype))
 
@@ -32,8 +36,13 @@ class Dictionary(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Number of features."""
+        """Number of features, of a part those of the part."""
         return self.W_dec.shape[0]
+
+    @property
+    def total_features(self) -> int:
+        """Number of features of the whole dictionary."""
+        return self.num_features if self.part is None else self.part.total
 
     @property
     @abstractmethod
@@ -49,9 +58,17 @@ class Dictionary(nn.Module):
     def encode(self, x: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows features"]:
         """Features of each row."""
 
-    def decode(self, f: Float[Tensor, "rows features"]) -> Float[Tensor, "rows d_model"]:
-        """The reconstruction x_hat."""
-        return affine(self.b_dec, f, self.W_dec)
+    def decode(self, f: Float[Tensor, "rows features"], *, frozen: bool = False) -> Float[Tensor, "rows d_model"]:
+        """The reconstruction x_hat. Of a part a collective: that of the whole dictionary.
+
+        Args:
+            f: features, of a part those of the part.
+            frozen: whether gradients pass to f alone.
+        """
+        W_dec, b_dec = (self.W_dec.detach(), self.b_dec.detach()) if frozen else (self.W_dec, self.b_dec)
+        if self.part is None:
+            return affine(b_dec, f, W_dec)
+        return self.part.sum(affine(b_dec, f, W_dec) if self.part.is_first else product(f, W_dec))
 
     def forward(self, x: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_model"]:
         """The reconstruction x_hat of each row."""

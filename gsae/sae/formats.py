@@ -1,6 +1,8 @@
 """SAEs on disk, in the native format. In: an SAE and what it is for. Out: `sae.safetensors` + `sae.json`, and back.
 
-The two files are all that is needed to use the SAE. `sae.json` holds the SHA-256 of the weights, so a damaged pair is found.
+The two files are all that is needed to use the SAE. `sae.json` holds the SHA-256 of the weights, so a damaged pair is found. A
+dictionary that was split over ranks is in as many files, `sae-00001-of-00004.safetensors` and so on, each an SAE of some of the features
+one after another, whose names and hashes `sae.json` lists. However it was cut, any part of it can be read.
 """
 
 import copy
@@ -8,13 +10,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,8 +25,11 @@ from gsae.sae.objective import SAE, SAE_CLASS
 from gsae.sae.relu import ReluSAE
 
 FORMAT = 1
+FORMAT_IN_PARTS = 2
 WEIGHTS_FILE = "sae.safetensors"
 DESCRIPTION_FILE = "sae.json"
+PARTS_KEY = "parts"
+"""In a description: the files, each with its features and its SHA-256; absent where there is one file of all features."""
 NEEDED = {"objective": TEXT, "d_model": SIZE, "num_features": SIZE, "sha256": TEXT}
 OPTIONAL = {
     **{"scale": POSITIVE, "training_scale": POSITIVE, "folded": FLAG},
@@ -66,7 +70,35 @@ def save_sae(directory: Path, sae: SAE, description: dict[str, Any]) -> None:
     with (directory / WEIGHTS_FILE).open("rb") as weights:
         sha256 = hashlib.file_digest(weights, "sha256").hexdigest()
     own = {"format": FORMAT, "d_model": sae.d_model, "num_features": sae.num_features, "sha256": sha256}
-    (directory / DESCRIPTION_FILE).write_text(json.dumps({**description, **own}, indent=1) + "\n", encoding="utf-8")
+    _write_description(directory, {**description, **own})
+
+
+def part_file(name: str, number: int, count: int) -> str:
+    """What a file is called that holds a part of the features, the first being number 0; where one holds all, its own name."""
+    stem, _, suffix = name.partition(".")
+    return name if count == 1 else f"{stem}-{number + 1:05d}-of-{count:05d}.{suffix}"
+
+
+def describe_parts(directory: Path, sae: SAE, description: Mapping[str, Any], hashes: Sequence[str]) -> None:
+    """Write the `sae.json` of a dictionary whose parts are in files of their own there.
+
+    Args:
+        directory: where the files are.
+        sae: one of the parts, all of which have as many features.
+        description: as for `save_sae`.
+        hashes: the SHA-256 of each part's file, in order.
+    """
+    parts = [
+        {"file": part_file(WEIGHTS_FILE, number, len(hashes)), "features": sae.num_features, "sha256": each}
+        for number, each in enumerate(hashes)
+    ]
+    whole = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    own = {"format": FORMAT_IN_PARTS, "d_model": sae.d_model, "num_features": sae.total_features, "sha256": whole, PARTS_KEY: parts}
+    _write_description(directory, {**description, **own})
+
+
+def _write_description(directory: Path, description: Mapping[str, Any]) -> None:
+    (directory / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -84,30 +116,91 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
-def read_sae(directory: Path) -> SavedSAE:
+def read_sae(directory: Path, features: range | None = None) -> SavedSAE:
     """Read an SAE onto the CPU.
+
+    Args:
+        directory: where it is.
+        features: those to read; no other's weights are in memory, and no hash is compared. None reads all, and compares.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of another format.
     """
     description = _read_description(directory / DESCRIPTION_FILE)
-    path = directory / WEIGHTS_FILE
+    files = weight_files(directory, description)
+    if features is None:
+        _require_hashes(description, files)
+    axes = SAE_CLASS[description["objective"]].FEATURE_AXIS
+    count = description["num_features"] if features is None else len(features)
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; give a directory with both {WEIGHTS_FILE} and {DESCRIPTION_FILE}") from error
-    if hashlib.sha256(data).hexdigest() != description["sha256"]:
-        raise CheckpointError(
-            f"{path}: SHA-256 differs from {DESCRIPTION_FILE}, the file is damaged; use another checkpoint, or copy it again"
-        )
-    try:
-        tensors = load_tensors(data)
+        tensors = read_features(files, axes.get, features)
         dtype = next((tensor.dtype for tensor in tensors.values()), torch.float32)
-        sae = SAE_CLASS[description["objective"]](description["d_model"], description["num_features"], dtype)
+        sae = SAE_CLASS[description["objective"]](description["d_model"], count, dtype)
         sae.load_state_dict(tensors)
-    except (SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not fit {DESCRIPTION_FILE}: {' '.join(str(error).split())}; use another checkpoint") from error
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or directory}: {error.strerror or error}; use another checkpoint") from error
+    except (SafetensorError, RuntimeError, IndexError) as error:
+        what = " ".join(str(error).split())
+        raise CheckpointError(f"{files[0]} does not fit {DESCRIPTION_FILE}: {what}; use another checkpoint") from error
     return SavedSAE(sae, description)
+
+
+def weight_files(directory: Path, description: Mapping[str, Any]) -> list[Path]:
+    """The files of an SAE's weights, in the order of their features."""
+    parts = description.get(PARTS_KEY)
+    return [directory / WEIGHTS_FILE] if parts is None else [directory / part["file"] for part in parts]
+
+
+def _require_hashes(description: Mapping[str, Any], files: Sequence[Path]) -> None:
+    parts = description.get(PARTS_KEY)
+    hashes = [description["sha256"]] if parts is None else [part["sha256"] for part in parts]
+    for path, wanted in zip(files, hashes, strict=True):
+        try:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            names = f"{WEIGHTS_FILE} and {DESCRIPTION_FILE}" if parts is None else f"the files that {DESCRIPTION_FILE} names"
+            raise CheckpointError(f"{path}: {error.strerror}; give a directory with both {names}") from error
+        if found != wanted:
+            raise CheckpointError(
+                f"{path}: SHA-256 differs from {DESCRIPTION_FILE}, the file is damaged; use another checkpoint, or copy it again"
+            )
+
+
+def read_features(files: Sequence[Path], axis_of: Callable[[str], int | None], features: range | None) -> dict[str, Tensor]:
+    """Tensors from files that hold some features each, one after another; what has no axis of features is the same in all.
+
+    Args:
+        files: in the order of their features.
+        axis_of: the axis of features of a tensor, by its name.
+        features: those to read; None reads all.
+
+    Raises:
+        OSError, SafetensorError: a file is missing or none of safetensors.
+    """
+    found: dict[str, list[Tensor]] = {}
+    start = 0
+    for path in files:
+        with safe_open(path, "pt") as file:
+            axes = {name: axis_of(name) for name in file.keys()}  # noqa: SIM118
+            counts = {file.get_slice(name).get_shape()[axis] for name, axis in axes.items() if axis is not None}
+            if len(counts) != 1:
+                raise SafetensorError(f"{path.name} has tensors of {sorted(counts)} features")
+            count = counts.pop()
+            low, high = (0, count) if features is None else (max(0, features.start - start), min(count, features.stop - start))
+            for name, axis in axes.items():
+                if axis is None and name not in found:
+                    found[name] = [file.get_tensor(name)]
+                elif axis is not None and low < high:
+                    whole, place = file.get_slice(name), slice(low, high)
+                    found.setdefault(name, []).append(whole[place] if axis == 0 else whole[:, place])
+            start += count
+    return {name: _joined(name, parts, axis_of) for name, parts in found.items()}
+
+
+def _joined(name: str, parts: list[Tensor], axis_of: Callable[[str], int | None]) -> Tensor:
+    axis = axis_of(name)
+    return parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, dim=axis)
 
 
 def read_object(path: Path, cure: str) -> dict[str, Any]:
@@ -138,12 +231,29 @@ def _read_description(path: Path) -> dict[str, Any]:
         json.dumps(description, allow_nan=False)
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error}); {cure}") from error
-    if description.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {description.get('format')!r}, this version reads {FORMAT}; use the gsae that wrote it")
+    if description.get("format") not in (FORMAT, FORMAT_IN_PARTS):
+        known = f"{FORMAT} and {FORMAT_IN_PARTS}"
+        raise CheckpointError(f"{path}: format {description.get('format')!r}, this version reads {known}; use the gsae that wrote it")
     require_fields(description, NEEDED, OPTIONAL, str(path))
+    _require_parts(description, path)
     if description["objective"] not in SAE_CLASS:
         raise CheckpointError(f"{path}: objective {description['objective']!r} is none of {', '.join(SAE_CLASS)}; {cure}")
     return description
+
+
+def _require_parts(description: Mapping[str, Any], path: Path) -> None:
+    parts = description.get(PARTS_KEY)
+    if (parts is None) != (description["format"] == FORMAT):
+        raise CheckpointError(f"{path}: format {description['format']} and {PARTS_KEY!r} do not go together; copy it again")
+    if parts is None:
+        return
+    is_list = isinstance(parts, list) and bool(parts) and all(isinstance(part, dict) for part in parts)
+    for number, part in enumerate(parts if is_list else ({},)):
+        require_fields(part, {"file": TEXT, "features": SIZE, "sha256": TEXT}, {}, f"{path}: {PARTS_KEY}[{number}]")
+        if Path(part["file"]).name != part["file"]:
+            raise CheckpointError(f"{path}: {PARTS_KEY}[{number}] is at {part['file']!r}, not beside it; copy it again")
+    if sum(part["features"] for part in parts) != description["num_features"]:
+        raise CheckpointError(f"{path}: the features of its {PARTS_KEY} are not num_features, {description['num_features']}; copy it again")
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ one encode, two decodes, and in the backward pass two to the features, one to W_
 from the features that are on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gsae.config import ObjectiveName
 from gsae.sae.gated import GatedSAE
-from gsae.sae.products import affine
+from gsae.sae.part import Part
 from gsae.sae.relu import ReluSAE
 
 SAE = ReluSAE | GatedSAE
@@ -32,9 +32,13 @@ UNIT_NORM: frozenset[ObjectiveName] = frozenset({"relu", "gated", "gated-no-aux"
 """Objectives whose decoder rows are kept at norm 1."""
 
 
+DRAWN_FEATURES = 4096
+"""Directions that are drawn at once; a multiple of 16."""
+
+
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """The terms of the loss, each a mean over rows."""
+    """The terms of the loss, each a mean over rows. Of a part (part.py) the penalty is that of its features, the errors are of all."""
 
     reconstruction: Float[Tensor, ""]
     """Squared distance of x_hat from x."""
@@ -70,19 +74,46 @@ def objective(name: ObjectiveName) -> Objective:
     return _OBJECTIVES[name]
 
 
-def build(name: ObjectiveName, d_model: int, num_features: int, seed: int, dtype: torch.dtype = torch.float32) -> SAE:
+def build(
+    name: ObjectiveName, d_model: int, num_features: int, seed: int, dtype: torch.dtype = torch.float32, part: Part | None = None
+) -> SAE:
     """An SAE at its initial values: random unit decoder rows, the encoder their transpose, all biases and r_mag 0.
 
     The directions are drawn in float32 whatever `dtype` is. b_dec is the caller's to set.
+
+    Args:
+        name: what it is trained by.
+        d_model: width of an activation.
+        num_features: of the whole dictionary.
+        seed: of the directions, which do not depend on how the dictionary is split.
+        dtype: of the parameters.
+        part: the features to make; None makes all.
     """
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(num_features, d_model, generator=generator).to(dtype)
-    directions = drawn / torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
-    sae = SAE_CLASS[name](d_model, num_features, dtype)
+    features = range(num_features) if part is None else part.features
+    sae = SAE_CLASS[name](d_model, len(features), dtype)
+    sae.part = part
     with torch.no_grad():
-        sae.W_dec.copy_(directions)
-        sae.encoder.copy_(directions.T)
+        for start, drawn in _drawn(num_features, d_model, seed):
+            low, high = max(start, features.start), min(start + len(drawn), features.stop)
+            if low < high:
+                own = drawn[low - start : high - start].to(dtype)
+                directions = own / torch.linalg.vector_norm(own, dim=1, keepdim=True)
+                sae.W_dec[low - features.start : high - features.start] = directions
+                sae.encoder[:, low - features.start : high - features.start] = directions.T
     return sae
+
+
+def _drawn(num_features: int, d_model: int, seed: int) -> Iterator[tuple[int, Float[Tensor, "some d_model"]]]:
+    """What one draw of all directions gives, a slice after another, with the number of its first feature.
+
+    torch makes normal numbers in groups of 16, and less than 16 in another way: a slice has a multiple of 16 rows, the last one more.
+    """
+    generator, start = torch.Generator().manual_seed(seed), 0
+    while start < num_features:
+        left = num_features - start
+        count = left if left < 2 * DRAWN_FEATURES else DRAWN_FEATURES
+        yield start, torch.randn(count, d_model, generator=generator)
+        start += count
 
 
 def relu(sae: ReluSAE, x: Float[Tensor, "rows d_model"]) -> Forward:
@@ -101,7 +132,7 @@ def gated(sae: GatedSAE, x: Float[Tensor, "rows d_model"]) -> Forward:
     """
     pre = sae.pre_activations(x)
     open_gates = torch.relu(pre.pi_gate)
-    auxiliary = _squared_error(affine(sae.b_dec.detach(), open_gates, sae.W_dec.detach()), x)
+    auxiliary = _squared_error(sae.decode(open_gates, frozen=True), x)
     return _forward(sae, x, pre.pi_gate, sae.features(pre), _l1(open_gates), auxiliary)
 
 

@@ -16,6 +16,7 @@ from gsae.config import ObjectiveName
 from gsae.sae.active import find_active
 from gsae.sae.gated import GatedSAE
 from gsae.sae.objective import SAE, Forward, Losses, Objective
+from gsae.sae.part import Part
 from gsae.sae.products import is_quick_at_bfloat16
 
 
@@ -56,12 +57,21 @@ def sparse_objective(name: ObjectiveName, *, in_bfloat16: bool | None = None) ->
 
 
 def forward_by(function: type[torch.autograd.Function], settings: tuple[Any, ...], sae: SAE, x: Float[Tensor, "rows d_model"]) -> Forward:
-    """The forward pass that a function makes of its settings, x, encoder, gate bias, r_mag, b_mag, W_dec and b_dec."""
+    """The forward pass that a function makes of its settings, the SAE's part, x, encoder, gate bias, r_mag, b_mag, W_dec and b_dec."""
     magnitude_parameters = (sae.r_mag, sae.b_mag) if isinstance(sae, GatedSAE) else (None, None)
     reconstruction, sparsity, auxiliary, x_hat, fired, opened = function.apply(  # type: ignore[no-untyped-call]
-        *settings, x, sae.encoder, sae.gate_bias, *magnitude_parameters, sae.W_dec, sae.b_dec
+        *settings, sae.part, x, sae.encoder, sae.gate_bias, *magnitude_parameters, sae.W_dec, sae.b_dec
     )
     return Forward(Losses(reconstruction, sparsity, auxiliary), x_hat, fired, opened)
+
+
+def sum_parts(part: Part | None, *decoded: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The sums over features of decodes that each rank has of its own part: all together, in one collective."""
+    if part is None:
+        return decoded
+    given = [values for values in decoded if values is not None]
+    summed = iter(part.holders.reduce(torch.stack(given), "sum"))
+    return tuple(None if values is None else next(summed) for values in decoded)
 
 
 class _SparseStep(torch.autograd.Function):
@@ -77,6 +87,7 @@ class _SparseStep(torch.autograd.Function):
 
     each term times its own upstream gradient. A free decoder also gets 2/n relu(pi_gate)^T e_g, 2/n (sum over rows of e_g) and, through
     the penalty, 1/n lambda (sum over rows of relu(pi_gate)) W_dec / |W_dec|. x gets no gradient.
+    Where the features are split (part.py) a decode is the sum over the parts, and db_dec a summand of the gradient.
     """
 
     @staticmethod
@@ -84,6 +95,7 @@ class _SparseStep(torch.autograd.Function):
         ctx: Any,
         terms: Terms,
         in_bfloat16: bool,
+        part: Part | None,
         x: Tensor,
         encoder: Tensor,
         gate_bias: Tensor,
@@ -100,12 +112,15 @@ class _SparseStep(torch.autograd.Function):
         if r_mag is not None and b_mag is not None:
             ratio = torch.exp(r_mag)[active.feature]
             f = torch.relu(ratio * active.a + b_mag[active.feature])
-        error = active.sums_over_features(f, W_dec) - centred
-        gate_error = None if terms.auxiliary == "none" else active.sums_over_features(g, W_dec) - centred
+        own_gates = None if terms.auxiliary == "none" else active.sums_over_features(g, W_dec)
+        decoded, gates_decoded = sum_parts(part, active.sums_over_features(f, W_dec), own_gates)
+        assert decoded is not None
+        error = decoded - centred
+        gate_error = None if gates_decoded is None else gates_decoded - centred
         norms = torch.linalg.vector_norm(W_dec, dim=1) if terms.weighs_norms else None
         opened = active.feature_counts()
         fired = opened if ratio is None else active.feature_counts(f > 0)
-        ctx.terms, ctx.active, ctx.norms = terms, active, norms
+        ctx.terms, ctx.part, ctx.active, ctx.norms = terms, part, active, norms
         ctx.save_for_backward(centred, encoder, W_dec, f, g, ratio, error, gate_error)
         losses = (
             error.square().sum(dim=1).mean(),
@@ -126,13 +141,14 @@ class _SparseStep(torch.autograd.Function):
         penalty = sparsity / num_rows
         df = active.products(error, W_dec)
         dg = penalty.expand_as(g) if norms is None else penalty * norms[active.feature]
-        dW_dec, db_dec = active.sums_over_rows(f, error), error.sum(dim=0)
+        learns_b_dec = ctx.part is None or ctx.part.is_first  # from the decode, whose b_dec counts once
+        dW_dec, db_dec = active.sums_over_rows(f, error), error.sum(dim=0) * learns_b_dec
         if gate_error is not None:
             gate_error = gate_error * (2 / num_rows * auxiliary)
             dg = dg + active.products(gate_error, W_dec)
         if ctx.terms.auxiliary == "free":
             dW_dec += active.sums_over_rows(g, gate_error)
-            db_dec += gate_error.sum(dim=0)
+            db_dec += gate_error.sum(dim=0) * learns_b_dec
         if norms is not None:
             totals = torch.where(norms > 0, penalty * active.feature_totals(g) / norms, 0.0)
             dW_dec.addcmul_(totals[:, None], W_dec)
@@ -145,4 +161,4 @@ class _SparseStep(torch.autograd.Function):
             da = scaled + dg
             dr_mag, db_mag = active.feature_totals(scaled * active.a), active.feature_totals(df)
         db_dec -= encoder @ active.feature_totals(da)
-        return None, None, None, active.sums_over_rows(da, centred).T, active.feature_totals(dg), dr_mag, db_mag, dW_dec, db_dec
+        return None, None, None, None, active.sums_over_rows(da, centred).T, active.feature_totals(dg), dr_mag, db_mag, dW_dec, db_dec

@@ -7,7 +7,7 @@ The host looks when the decodes are queued, and where the list was too short mak
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,8 +17,12 @@ from torch.autograd.function import once_differentiable
 from gsae.config import ObjectiveName
 from gsae.sae.active import BFLOAT16_ERROR, bounded_directions, bounded_rows
 from gsae.sae.objective import Objective
+from gsae.sae.part import Part
 from gsae.sae.products import sums_in_float32
-from gsae.sae.sparse import TERMS, Terms, forward_by
+from gsae.sae.sparse import TERMS, Terms, forward_by, sum_parts
+
+if TYPE_CHECKING:
+    from gsae.sae.kernels import Decoded
 
 SMALLEST_CAPACITY = 1 << 14
 PRODUCTS_ELEMENTS = 1 << 26
@@ -141,6 +145,7 @@ class _KernelStep(torch.autograd.Function):
     def forward(
         ctx: Any,
         settings: _Settings,
+        part: Part | None,
         x: Tensor,
         encoder: Tensor,
         gate_bias: Tensor,
@@ -164,12 +169,15 @@ class _KernelStep(torch.autograd.Function):
             entries = entry_kernels.list_entries(words, *deciding, gate_bias, capacity.entries)
             num_proposed = _Number(entries.num_proposed)
             magnitude = None if r_mag is None or b_mag is None else (r_mag, b_mag)
-            decoded = kernels.decode(entries, gate_bias, magnitude, norms, factor, centred, has_auxiliary=has_auxiliary)
+            rows = centred if part is None else torch.zeros_like(centred)  # so that errors are the part's own decodes
+            decoded = kernels.decode(entries, gate_bias, magnitude, norms, factor, rows, has_auxiliary=has_auxiliary)
             if capacity.holds(num_proposed.wait()):
                 break
+        if part is not None:
+            decoded = _whole(part, decoded, centred, has_auxiliary=has_auxiliary)
         opened = entries.count()
         fired = opened if r_mag is None else entries.count(decoded.f > 0)
-        ctx.settings, ctx.entries, ctx.norms, ctx.factor, ctx.decoded = settings, entries, norms, factor, decoded
+        ctx.settings, ctx.part, ctx.entries, ctx.norms, ctx.factor, ctx.decoded = settings, part, entries, norms, factor, decoded
         ctx.save_for_backward(rounded_x if settings.in_bfloat16 else centred, encoder, r_mag)
         num_rows, x_hat = len(x), x + decoded.error
         ctx.mark_non_differentiable(x_hat, fired, opened)
@@ -186,9 +194,10 @@ class _KernelStep(torch.autograd.Function):
         terms, decoded, num_rows = ctx.settings.terms, ctx.decoded, len(centred)
         scales = torch.stack([2 * reconstruction, sparsity, 2 * auxiliary]) / num_rows
         is_free, has_auxiliary = terms.auxiliary == "free", terms.auxiliary != "none"
-        db_dec = scales[0] * decoded.error.sum(dim=0)
+        learns_b_dec = ctx.part is None or ctx.part.is_first
+        db_dec = scales[0] * decoded.error.sum(dim=0) * learns_b_dec
         if is_free:
-            db_dec += scales[2] * decoded.gate_error.sum(dim=0)
+            db_dec += scales[2] * decoded.gate_error.sum(dim=0) * learns_b_dec
         if ctx.settings.in_bfloat16:
             error, gate_error = decoded.error.bfloat16(), decoded.gate_error.bfloat16() if has_auxiliary else None
             decoded = replace(decoded, error=error, gate_error=error if gate_error is None else gate_error)
@@ -197,7 +206,17 @@ class _KernelStep(torch.autograd.Function):
         )
         db_dec -= encoder @ found.a
         of_magnitude = (None, None) if r_mag is None else (found.r_mag, found.b_mag)
-        return None, None, found.encoder.T, found.gate_bias, *of_magnitude, found.W_dec, db_dec
+        return None, None, None, found.encoder.T, found.gate_bias, *of_magnitude, found.W_dec, db_dec
+
+
+def _whole(part: Part, own: "Decoded", centred: Tensor, *, has_auxiliary: bool) -> "Decoded":
+    """What a part decoded of rows that were 0, with the errors of the whole dictionary."""
+    decoded, gates_decoded = sum_parts(part, own.error, own.gate_error if has_auxiliary else None)
+    assert decoded is not None
+    error = decoded - centred
+    gate_error = error if gates_decoded is None else gates_decoded - centred
+    gate_squares = gate_error.square().sum() if has_auxiliary else torch.zeros_like(own.gate_squares)
+    return replace(own, error=error, gate_error=gate_error, squares=error.square().sum(), gate_squares=gate_squares)
 
 
 class _Number:

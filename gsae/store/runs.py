@@ -7,7 +7,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from gsae.errors import CheckpointError
 from gsae.store.durable import fsync_directory, fsync_file, make_directory
 from gsae.store.lease import require as require_lease
+from gsae.world import Group
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -64,34 +65,80 @@ def write_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Che
 
     Only one rank calls this. A checkpoint of the same step is replaced. Where writing fails, what was written aside is removed.
     """
+    aside = _begin(run, step)
+    try:
+        write(aside)
+        hashes = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
+        return _finish(aside, step, hashes)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def write_checkpoint_in_parts(
+    run: Path, step: int, write: Callable[[Path], Sequence[str]], describe: Callable[[Path, Mapping[str, str]], None], writers: Group
+) -> None:
+    """As `write_checkpoint`, by several ranks at once, each of which writes, hashes and fsyncs its own files. A collective.
+
+    The checkpoint has its name only when all of them are done, so that one that dies or fails leaves the one before.
+
+    Args:
+        run: the run.
+        step: the step.
+        write: fills the directory aside with this rank's files, and names them.
+        describe: adds the rest on the first rank, given the hashes of all files by name.
+        writers: the ranks.
+
+    Raises:
+        OSError, GsaeError: a file could not be written, here or on another rank; nothing is left of it.
+    """
+    aside = writers.on_first(lambda: _begin(run, step))
+    try:
+        with writers.together():
+            hashes = {}
+            for name in write(aside):
+                fsync_file(aside / name)
+                hashes[name] = _sha256(aside / name)
+        parts = writers.gather_objects(hashes)
+
+        def finish() -> None:
+            hashes = {name: each for part in parts for name, each in part.items()}
+            describe(aside, hashes)
+            rest = {path.name: _sha256(path) for path in aside.iterdir() if path.name not in hashes}
+            _finish(aside, step, dict(sorted((hashes | rest).items())))
+
+        writers.on_first(finish)
+    except BaseException:
+        if writers.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _begin(run: Path, step: int) -> Path:
+    """An empty directory aside; what a killed process left is removed."""
     folder = run / "checkpoints"
     make_directory(folder)
     for left_over in folder.glob("*.partial"):
         shutil.rmtree(left_over)
-    aside, final = folder / f"{step:08d}.partial", folder / f"{step:08d}"
+    aside = folder / f"{step:08d}.partial"
     aside.mkdir()
-    try:
-        write(aside)
-        _seal(aside, step)
-        require_lease(final)
-        if final.exists():
-            remove_checkpoint(final)
-        aside.rename(final)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    fsync_directory(folder)
-    return Checkpoint(final, step)
+    return aside
 
 
-def _seal(directory: Path, step: int) -> None:
-    """List the hashes of the files in a directory, and wait until all is on the disk."""
-    hashes = {path.name: _sha256(path) for path in sorted(directory.iterdir())}
-    body = {"format": CHECKPOINT_FORMAT, "step": step, "sha256": hashes}
-    (directory / CONTENTS_FILE).write_text(json.dumps({**body, "digest": _digest(body)}, indent=1) + "\n")
-    for path in directory.iterdir():
+def _finish(aside: Path, step: int, hashes: Mapping[str, str]) -> Checkpoint:
+    """List the hashes, wait until all is on the disk, and give the directory its name."""
+    body = {"format": CHECKPOINT_FORMAT, "step": step, "sha256": dict(hashes)}
+    (aside / CONTENTS_FILE).write_text(json.dumps({**body, "digest": _digest(body)}, indent=1) + "\n")
+    for path in aside.iterdir():
         fsync_file(path)
-    fsync_directory(directory)
+    fsync_directory(aside)
+    final = aside.with_name(f"{step:08d}")
+    require_lease(final)
+    if final.exists():
+        remove_checkpoint(final)
+    aside.rename(final)
+    fsync_directory(final.parent)
+    return Checkpoint(final, step)
 
 
 def prune_checkpoints(run: Path, keep: int, keep_every_steps: int | None = None) -> None:

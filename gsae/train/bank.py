@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gsae.config import TrainConfig
 from gsae.sae.objective import SAE, UNIT_NORM, build
+from gsae.sae.part import part_of
 from gsae.store.stream import Batch, Stream
 from gsae.train.averaging import WeightAverage
 from gsae.train.clock import Clock
@@ -31,7 +32,7 @@ from gsae.world.tracking import Tracking
 
 @dataclass
 class Run:
-    """One SAE in training."""
+    """One SAE in training; where features are split, this rank's part of it."""
 
     spec: RunSpec
     directory: Path
@@ -48,7 +49,7 @@ class Run:
     event_step: int | None = None
     """Step of the last event that resampled features."""
     resampled: Int[Tensor, " resampled"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    """Features resampled at that event, until their outcome is reported."""
+    """Features resampled at that event, until their outcome is reported; of a part numbered from its first."""
     low_l0_steps: int = 0
     """Steps for which L0 has been under 1 without a break."""
     high_fvu_steps: int = 0
@@ -114,7 +115,7 @@ class Bank:
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.group.device)
-        if self.group.size > 1:  # one rank alone sums nothing
+        if self.group.rows.size > 1:  # one rank alone sums no gradients
             for run in self.runs:
                 on_sum(run.module, partial(self.clock.enter, "communicating"), partial(self.clock.enter, "computing"))
 
@@ -231,8 +232,9 @@ def torch_dtype(config: TrainConfig) -> torch.dtype:
 
 
 def make_run(spec: RunSpec, directory: Path, config: TrainConfig, mean: Float[Tensor, " d_model"], group: Group) -> Run:
-    """A run at its initial values, the same on all ranks; `mean` is that of the scaled rows."""
-    sae = build(spec.objective, spec.d_model, spec.num_features, spec.seed, torch_dtype(config)).to(group.device)
+    """A run at its initial values, the same on all ranks that hold the same features; `mean` is that of the scaled rows."""
+    part = part_of(spec.num_features, group.features)
+    sae = build(spec.objective, spec.d_model, spec.num_features, spec.seed, torch_dtype(config), part).to(group.device)
     if config.decoder_bias == "mean":
         with torch.no_grad():
             sae.b_dec.copy_(mean)
@@ -250,10 +252,10 @@ def make_run(spec: RunSpec, directory: Path, config: TrainConfig, mean: Float[Te
         clip_gradient_norm=config.clip_gradient_norm,
         on_kernels=training.why_no_kernels is None,
     )
-    firing, meter = FiringCounter(spec.num_features, group.device), Meter(group.device)
+    firing, meter = FiringCounter(sae.num_features, group.device), Meter(group.device)
     decay, unit_norm = config.ema_decay, spec.objective in UNIT_NORM
     average = None if decay is None else WeightAverage(sae, decay, unit_norm=unit_norm)
-    return Run(spec, directory, sae, training, group.wrap(training), optimizer, firing, meter, average)
+    return Run(spec, directory, sae, training, group.rows.wrap(training), optimizer, firing, meter, average)
 
 
 def fresh_rows(bank: Bank, num_rows: int) -> Iterator[Batch]:

@@ -103,7 +103,7 @@ def _read_again(bank: Bank, step: int) -> list[BatchRow]:
     is_finite = torch.isfinite(batch.x).all(dim=1).tolist()
     norms = torch.linalg.vector_norm(batch.x.double(), dim=1).tolist()
     own = [BatchRow(*row) for row in zip(origins, is_finite, norms, strict=True)]
-    return sorted((row for rows in bank.group.gather_objects(own) for row in rows), key=lambda row: row.origin.lane)
+    return sorted((row for rows in bank.group.rows.gather_objects(own) for row in rows), key=lambda row: row.origin.lane)
 
 
 def _write(paths: Iterable[Path], rows: Iterable[BatchRow]) -> None:

@@ -3,6 +3,9 @@
 Beside the SAE itself (`sae.safetensors`, `sae.json`) stand `state.safetensors` (optimizer, firing counters; with `train.ema_decay`
 also the weights and their average, since the SAE is then made of the average) and `state.json` (the run's counters). All of it is
 the same on every rank when it is taken, so it does not depend on their number.
+
+Where features are split, each holder writes `sae-00001-of-00004.safetensors` and `state-00001-of-00004.safetensors` of its own, all at
+once. Whatever the split that wrote a checkpoint, a rank reads of it the features that it is to hold, and no others.
 """
 
 import json
@@ -14,18 +17,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from gsae.config import ObjectiveName
 from gsae.errors import CheckpointError
-from gsae.sae.formats import read_sae, save_sae, write_tensors
+from gsae.sae.formats import WEIGHTS_FILE, describe_parts, part_file, read_features, read_sae, save_sae, write_tensors
 from gsae.sae.objective import SAE, SAE_CLASS, UNIT_NORM
+from gsae.sae.part import Part
 from gsae.store.durable import fsync_file, write_aside
-from gsae.store.runs import METRICS_FILE, checkpoints, prune_checkpoints, read_run, remove_checkpoint, require_whole, write_checkpoint
+from gsae.store.runs import (
+    METRICS_FILE,
+    checkpoints,
+    prune_checkpoints,
+    read_run,
+    remove_checkpoint,
+    require_whole,
+    write_checkpoint,
+    write_checkpoint_in_parts,
+)
 from gsae.train.alive import CONTINUES
 from gsae.train.averaging import WeightAverage
 from gsae.train.bank import Bank, Position, Run
+from gsae.world import Group
 
 STATE_TENSORS_FILE = "state.safetensors"
 STATE_FILE = "state.json"
@@ -70,6 +84,8 @@ class Snapshot:
     tensors: dict[str, Tensor]
     state: dict[str, Any]
     """What goes into `state.json`."""
+    part: Part | None = None
+    """The features that `tensors` are of; None: all."""
 
 
 def take_snapshot(bank: Bank, run: Run, to_host: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> Snapshot:
@@ -84,29 +100,42 @@ def take_snapshot(bank: Bank, run: Run, to_host: Callable[[Mapping[str, Tensor]]
     parts = {"weights": run.sae.state_dict(), "average": average or {}, "optimizer": run.optimizer.state_tensors()}
     parts["firing"] = run.firing.state_tensors()
     tensors = {f"{part}.{name}": value for part, named in parts.items() for name, value in named.items()}
-    tensors |= {"resampled": run.resampled, "dead": run.training.dead}
+    first = 0 if run.sae.part is None else run.sae.part.first
+    tensors |= {"resampled": run.resampled + first, "dead": run.training.dead + first}
     counters = {name: getattr(run, name) for name in COUNTERS} | {"is_sparse": run.training.is_sparse}
     if bank.position is not None:
         counters["position"] = asdict(bank.position)
     decay = None if run.average is None else run.average.decay
-    return Snapshot(run.directory, run.spec.objective, bank.step, bank.rows, decay, to_host(tensors), {"step": bank.step, **counters})
+    state = {"step": bank.step, **counters}
+    return Snapshot(run.directory, run.spec.objective, bank.step, bank.rows, decay, to_host(tensors), state, run.sae.part)
 
 
-def write_snapshots(snapshots: Sequence[Snapshot], keep: Keep) -> None:
-    """Write a checkpoint of each run, then delete old ones. Files only; one rank calls this.
+def write_snapshots(snapshots: Sequence[Snapshot], keep: Keep, writers: Group | None = None) -> None:
+    """Write a checkpoint of each run, then delete old ones. Files only; one rank calls this, or all that hold a part of the features.
 
     Old ones go only when all runs have the new step, so a step that all of them have whole is left wherever a kill strikes.
+
+    Args:
+        snapshots: of the runs.
+        keep: the checkpoints that stay.
+        writers: the ranks that hold a part each, for this thread alone; with them it is a collective.
 
     Raises:
         CheckpointError: the disk is full, or something cannot be written.
     """
     for snapshot in snapshots:
         with _on_disk(snapshot):
-            fsync_file(snapshot.directory / METRICS_FILE)
-            write_checkpoint(snapshot.directory, snapshot.step, partial(_fill, snapshot))
-    for snapshot in snapshots:
-        with _on_disk(snapshot):
-            prune_checkpoints(snapshot.directory, keep.newest, keep.every_steps)
+            if writers is None:
+                fsync_file(snapshot.directory / METRICS_FILE)
+                write_checkpoint(snapshot.directory, snapshot.step, partial(_fill, snapshot))
+            else:
+                writers.on_first(lambda: fsync_file(snapshot.directory / METRICS_FILE))  # noqa: B023
+                own, rest = partial(_fill_part, snapshot), partial(_describe, snapshot)
+                write_checkpoint_in_parts(snapshot.directory, snapshot.step, own, rest, writers)
+    if writers is None or writers.is_first:
+        for snapshot in snapshots:
+            with _on_disk(snapshot):
+                prune_checkpoints(snapshot.directory, keep.newest, keep.every_steps)
 
 
 @contextmanager
@@ -122,17 +151,52 @@ def _on_disk(snapshot: Snapshot) -> Iterator[None]:
 
 
 def _fill(snapshot: Snapshot, directory: Path) -> None:
-    described = {key: value for key, value in read_run(snapshot.directory).items() if key not in ("format", "settings")}
-    described |= {"step": snapshot.step, "rows": snapshot.rows}
+    sae, tensors = _contents(snapshot)
+    save_sae(directory, sae, _description(snapshot))
+    write_tensors(directory / STATE_TENSORS_FILE, tensors)
+    _write_state(snapshot, directory)
+
+
+def _fill_part(snapshot: Snapshot, directory: Path) -> list[str]:
+    """Write this rank's part; the names of its files."""
+    assert snapshot.part is not None
+    holders = snapshot.part.holders
+    names = [part_file(name, holders.rank, holders.size) for name in (WEIGHTS_FILE, STATE_TENSORS_FILE)]
+    sae, tensors = _contents(snapshot)
+    write_tensors(directory / names[0], sae.state_dict())
+    write_tensors(directory / names[1], tensors)
+    return names
+
+
+def _describe(snapshot: Snapshot, directory: Path, hashes: Mapping[str, str]) -> None:
+    """Write the files beside those of the parts, on the first rank."""
+    assert snapshot.part is not None
+    count = snapshot.part.holders.size
+    sae, _ = _contents(snapshot)
+    of_parts = [hashes[part_file(WEIGHTS_FILE, number, count)] for number in range(count)]
+    describe_parts(directory, sae, _description(snapshot), of_parts)
+    _write_state(snapshot, directory)
+
+
+def _contents(snapshot: Snapshot) -> tuple[SAE, dict[str, Tensor]]:
+    """The SAE that users get, and the tensors besides."""
     tensors, sae = snapshot.tensors, _sae_of(snapshot.objective, _below("weights.", snapshot.tensors))
     if snapshot.ema_decay is None:
         tensors = {name: value for name, value in tensors.items() if not name.startswith("weights.")}
     else:
-        described["ema_decay"] = snapshot.ema_decay
         average = _sae_of(snapshot.objective, _below("average.", tensors))
         sae = WeightAverage(average, snapshot.ema_decay, unit_norm=snapshot.objective in UNIT_NORM).to_sae()
-    save_sae(directory, sae, described)
-    write_tensors(directory / STATE_TENSORS_FILE, tensors)
+    sae.part = snapshot.part
+    return sae, tensors
+
+
+def _description(snapshot: Snapshot) -> dict[str, Any]:
+    described = {key: value for key, value in read_run(snapshot.directory).items() if key not in ("format", "settings")}
+    described |= {"step": snapshot.step, "rows": snapshot.rows}
+    return described if snapshot.ema_decay is None else {**described, "ema_decay": snapshot.ema_decay}
+
+
+def _write_state(snapshot: Snapshot, directory: Path) -> None:
     (directory / STATE_FILE).write_text(json.dumps(snapshot.state, indent=1) + "\n")
 
 
@@ -216,22 +280,48 @@ def _read_position(checkpoint: Path) -> Position | None:
 
 
 def restore_run(run: Run, checkpoint: Path) -> None:
-    """Take over a checkpoint's state. Every rank calls this."""
-    saved = read_sae(checkpoint)
-    tensors = load_file(checkpoint / STATE_TENSORS_FILE)
+    """Take over a checkpoint's state, of the features that the run holds. Every rank calls this."""
+    features = None if run.sae.part is None else run.sae.part.features
+    files = _state_files(checkpoint)
+    tensors = read_features(files, partial(_axis_in_state, run.sae.FEATURE_AXIS), features)
     if run.average is None:
-        run.sae.load_state_dict(saved.sae.state_dict())
+        run.sae.load_state_dict(read_sae(checkpoint, features).sae.state_dict())
     else:
         run.sae.load_state_dict(_below("weights.", tensors))
         run.average.load_state_tensors(_below("average.", tensors))
     run.optimizer.load_state_tensors(_below("optimizer.", tensors))
     run.firing.load_state_tensors(_below("firing.", tensors))
-    run.resampled = tensors["resampled"].to(run.resampled.device)
-    run.training.dead = tensors["dead"].to(run.training.dead.device)
+    run.resampled = _numbers("resampled", files, features).to(run.resampled.device)
+    run.training.dead = _numbers("dead", files, features).to(run.training.dead.device)
     state = _read_state(checkpoint)
     run.training.is_sparse = state["is_sparse"]
     for name in COUNTERS:
         setattr(run, name, state[name])
+
+
+def _state_files(checkpoint: Path) -> list[Path]:
+    """The files of a checkpoint's tensors beside the SAE's, in the order of their features."""
+    whole = checkpoint / STATE_TENSORS_FILE
+    return [whole] if whole.exists() else sorted(checkpoint.glob(part_file(STATE_TENSORS_FILE, 0, 2).replace("00001-of-00002", "*")))
+
+
+def _axis_in_state(axes: Mapping[str, int], name: str) -> int | None:
+    """The axis of features of a tensor of `state.safetensors`: `weights.<parameter>`, `optimizer.<parameter>.exp_avg`, `firing.fired`."""
+    kind, _, rest = name.partition(".")
+    parameter, _, moment = rest.partition(".")
+    if kind == "firing":
+        return None if rest == "position" else 0
+    return None if moment == "step" else axes.get(parameter)
+
+
+def _numbers(name: str, files: Sequence[Path], features: range | None) -> Tensor:
+    """A list of features in a checkpoint: those that are asked for, numbered from the first of them."""
+    parts = []
+    for path in files:
+        with safe_open(path, "pt") as file:
+            parts.append(file.get_tensor(name))
+    numbers = torch.cat(parts)
+    return numbers if features is None else numbers[(numbers >= features.start) & (numbers < features.stop)] - features.start
 
 
 def _below(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:

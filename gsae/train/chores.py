@@ -10,6 +10,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from gsae.config import TrainConfig
 from gsae.console import TrainingView
 from gsae.store.lease import require as require_lease
@@ -61,7 +63,7 @@ def _dead_share(bank: Bank, run: Run) -> DeadShare:
     """The same definition for all runs, whether they resample or not. A collective."""
     run.firing.synchronise(bank.group)
     dead_rows = resample.dead_after(bank.config.resampling, bank.spec.total_rows, 0)
-    return DeadShare(run.firing.dead_fraction(dead_rows), dead_rows)
+    return DeadShare(run.firing.dead_fraction(dead_rows, bank.group.features), dead_rows)
 
 
 class Log:
@@ -209,17 +211,20 @@ class Resample:
                     self._hold_event(bank, run, self._events.index(bank.step))
 
     def _report_outcome(self, bank: Bank, run: Run) -> None:
-        if run.event_step is None or len(run.resampled) == 0:
+        if run.event_step is None:
             return
-        alive = int((run.firing.fired[run.resampled] > 0).sum())
-        values = {"event_step": run.event_step, "resampled": len(run.resampled), "alive": alive, "interval_rows": run.firing.interval_rows}
+        counts = torch.tensor([int((run.firing.fired[run.resampled] > 0).sum()), len(run.resampled)])
+        alive, resampled = (counts if bank.group.features is None else bank.group.features.reduce(counts, "sum")).tolist()
+        if resampled == 0:
+            return
+        values = {"event_step": run.event_step, "resampled": resampled, "alive": alive, "interval_rows": run.firing.interval_rows}
         write_metrics(bank, run, "resampling_outcome", values)
-        self._view.say(f"{run.spec.name}: {alive} of {len(run.resampled)} features resampled at step {run.event_step} have fired since")
+        self._view.say(f"{run.spec.name}: {alive} of {resampled} features resampled at step {run.event_step} have fired since")
         run.resampled = run.resampled[:0]
 
     def _hold_event(self, bank: Bank, run: Run, event: int) -> None:
         config = bank.config.resampling
-        found = resample.plan(run.firing, config, bank.spec.total_rows, event)
+        found = resample.plan(run.firing, config, bank.spec.total_rows, event, bank.group.features)
         done = resample.apply(
             found,
             run.sae,

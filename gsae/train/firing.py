@@ -18,6 +18,7 @@ class FiringCounter:
     """
 
     def __init__(self, num_features: int, device: torch.device) -> None:
+        """Count nothing yet; of a part of a dictionary `num_features` are those of the part."""
         self.rows = 0
         """Rows of the run seen, over all ranks."""
         self.interval_start = 0
@@ -65,7 +66,8 @@ class FiringCounter:
         self._is_synchronised = False
 
     def synchronise(self, group: Group) -> None:
-        """Bring the counts of all ranks together. A collective; a second call in a row changes nothing."""
+        """Bring the counts of all ranks that hold these features together. A collective; a second call in a row changes nothing."""
+        group = group.rows
         self._fired += group.reduce(self._local_fired, "sum")
         self._opened += group.reduce(self._local_opened, "sum")
         self._last_fired = group.reduce(self._last_fired, "max")
@@ -84,9 +86,10 @@ class FiringCounter:
         """Features that were not on for the last `dead_rows` rows or more."""
         return self.rows - self.last_fired >= dead_rows
 
-    def dead_fraction(self, dead_rows: int) -> float:
-        """Share of features that are dead."""
-        return float(self.dead(dead_rows).double().mean())
+    def dead_fraction(self, dead_rows: int, holders: Group | None = None) -> float:
+        """Share of features that are dead; with the ranks that hold a part of the dictionary each, of all its features: a collective."""
+        fraction = self.dead(dead_rows).double().mean()
+        return float(fraction if holders is None else holders.reduce(fraction, "sum") / holders.size)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint needs; the same on all ranks, whatever their number."""

@@ -42,7 +42,10 @@ class Meter:
 
     def read(self, group: Group) -> Reading:
         """The means since the last call, and begin anew. A collective."""
-        *sums, steps = group.reduce(self._sums, "sum").tolist()
+        # The other measures of a part are those of the whole; sums over its features are not.
+        parts = 1 if group.features is None else group.features.size
+        of_features = torch.tensor([1, parts, 1, parts, parts, 1, 1], dtype=torch.float64, device=self._sums.device)
+        *sums, steps = (group.reduce(self._sums, "sum") * of_features).tolist()
         first = int(self._non_finite_step)
         self._sums.zero_()
         reconstruction, sparsity, auxiliary, pre_activation, l0, gradient_norm = (value / steps for value in sums)

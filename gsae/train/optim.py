@@ -33,7 +33,8 @@ class SAEOptimizer:
         w    <- Adam(w, G)        unless |G| is not finite: then nothing changes, not even Adam's step count
         w    <- w / |w|
     without waiting for the device. On several ranks the gradients are the same, so the updates are. With `on_kernels` the two large
-    weights are updated by Triton's kernels (kernels.py), to the last rounding alike.
+    weights are updated by Triton's kernels (kernels.py), to the last rounding alike. Of an SAE that is a part of a dictionary a step is
+    a collective: b_dec's gradient is summed over the parts, and |G| is that of the whole.
     """
 
     def __init__(
@@ -62,11 +63,12 @@ class SAEOptimizer:
     @torch.no_grad()
     def step(self, learning_rate: float) -> GradientReport:
         """Make one update from the gradients that backward left; projection and clipping may change them in place."""
+        self._sum_bias_gradient()
         large = [_Large(weight, is_unit=self._unit_norm and weight is self._sae.W_dec) for weight in self._on_kernels]
         if self._unit_norm and not large:
             self._project_gradient()
         gradients = [parameter.grad for parameter in self._adam.param_groups[0]["params"] if parameter.grad is not None]
-        norm = _norm(gradients, [weight.squares for weight in large])
+        norm = self._norm(gradients, [weight.squares for weight in large])
         is_finite = torch.isfinite(norm)
         factor = torch.ones_like(norm) if self._clip_gradient_norm is None else (self._clip_gradient_norm / norm).clamp(max=1.0)
         if self._clip_gradient_norm is not None:
@@ -103,14 +105,36 @@ class SAEOptimizer:
     def reset_slices(self, features: Int[Tensor, " resampled"], alive: Bool[Tensor, " features"]) -> None:
         """Fresh state for resampled features: exp_avg 0, exp_avg_sq the mean over alive features (over all, when none is alive).
 
+        Of a part of a dictionary a collective; the mean is over the whole.
+
         With exp_avg_sq 0 and an old step count the first update would be up to 1 / sqrt(1 - beta2) = 31.6 times the learning rate.
         """
-        source = alive if bool(alive.any()) else torch.ones_like(alive)
+        num_alive = self._over_parts(alive.sum())
+        source, count = (alive, num_alive) if bool(num_alive) else (torch.ones_like(alive), self._sae.total_features)
         for name, axis in self._sae.FEATURE_AXIS.items():
             state = self._adam.state[self._sae.get_parameter(name)]
             state["exp_avg"].movedim(axis, 0)[features] = 0
             by_feature = state["exp_avg_sq"].movedim(axis, 0)
-            by_feature[features] = by_feature[source].mean(dim=0)
+            by_feature[features] = self._over_parts(by_feature[source].sum(dim=0)) / count
+
+    def _sum_bias_gradient(self) -> None:
+        """b_dec's gradient, of which each part has a summand."""
+        bias = self._sae.b_dec
+        if self._sae.part is not None and bias.grad is not None:
+            bias.grad = self._over_parts(bias.grad)
+
+    def _norm(self, gradients: list[Tensor], squares: list[Tensor]) -> Tensor:
+        """The norm over the gradients of the whole dictionary, some of which gave squares of parts already. b_dec counts once."""
+        bias = self._sae.b_dec.grad
+        if self._sae.part is None or bias is None:
+            return _squares(gradients, squares).sqrt()
+        of_features = _squares([gradient for gradient in gradients if gradient is not bias], squares)
+        return (self._over_parts(of_features) + _squares([bias], [])).sqrt()
+
+    def _over_parts(self, value: Tensor) -> Tensor:
+        """The sum over the parts of the dictionary."""
+        part = self._sae.part
+        return value if part is None else part.holders.reduce(value, "sum")
 
     def _project_gradient(self) -> None:
         """Remove from each decoder row's gradient the component along the row, which renormalising would undo."""
@@ -172,10 +196,10 @@ def _by_feature(matrix: Tensor) -> Tensor:
     return found
 
 
-def _norm(tensors: list[Tensor], squares: list[Tensor]) -> Tensor:
-    """The norm over all tensors, some of which gave squares of parts already.
+def _squares(tensors: list[Tensor], squares: list[Tensor]) -> Tensor:
+    """The sum of the squares of all tensors, some of which gave those of their rows already.
 
     It is taken along the axis contiguous in memory in their own type, which is quick, then in float64.
     """
     norms = [torch.linalg.vector_norm(tensor, dim=tensor.stride().index(1)).flatten().double().square() for tensor in tensors]
-    return torch.cat([*norms, *(part.double() for part in squares)]).sum().sqrt()
+    return torch.cat([*norms, *(part.double() for part in squares)]).sum()

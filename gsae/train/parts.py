@@ -4,7 +4,7 @@ A bank is through with a part after floor(rows of the part / batch_rows) batches
 A part is removed when every run that goes on has a checkpoint beyond it, and only between trainings, by one rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -20,6 +20,7 @@ from gsae.store.stream import Stream
 from gsae.train.bank import Position, Stretch
 from gsae.train.checkpoint import find_resume_position
 from gsae.train.plan import BankSpec
+from gsae.train.sharing import SharedStream
 from gsae.world import Group, lanes_of
 
 
@@ -46,7 +47,7 @@ def find_stretch(config: Config, manifest: Manifest, spec: BankSpec, group: Grou
             return None
         store, end_step = visit_directory(store, visit), first_step + num_steps
         seed = seeded_hash("visit", train.seed, str(visit))  # another order when the same part comes again
-    open_stream = partial(
+    open_stream: Callable[[], Stream] = partial(
         Stream,
         store,
         spec.site,
@@ -59,6 +60,8 @@ def find_stretch(config: Config, manifest: Manifest, spec: BankSpec, group: Grou
         read_threads=train.read_threads,
         pinned=group.device.type == "cuda",
     )
+    if train.shared_reads and group.features is not None:
+        open_stream = partial(SharedStream, open_stream, store, spec.site, group.features)
     return Stretch(open_stream, first_step, end_step, visit, is_part)
 
 

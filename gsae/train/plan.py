@@ -17,7 +17,8 @@ FREE_SETTINGS = (
     # What these mean for a run stands in its RunSpec, and in its number of steps.
     *("sweeps", "sites", "learning_rate", "learning_rates", "target_l0", "warm_start_fraction"),
     # These do not change the weights.
-    *("groups", "log_every_steps", "checkpoint_every_fraction", "keep_checkpoints", "keep_every", "verify_shards", "read_threads"),
+    *("groups", "feature_ranks", "shared_reads", "log_every_steps", "checkpoint_every_fraction", "keep_checkpoints", "keep_every"),
+    *("verify_shards", "read_threads"),
     *("trackers", "evaluate_every_fraction", "evaluate_tokens"),
     # This changes them by no more than another device does.
     "kernels",
@@ -162,6 +163,12 @@ def _runs_of_sweep(config: Config, sweep: SweepConfig, site: str, store: StoreOu
         num_features = round(expansion * store.d_model)
         if num_features < 1:
             raise ConfigError(f"train.sweeps: expansion {expansion} of d_model {store.d_model} gives no feature; give a larger one")
+        if num_features % config.train.feature_ranks:
+            near = round(num_features / config.train.feature_ranks) * config.train.feature_ranks or config.train.feature_ranks
+            raise ConfigError(
+                f"train.sweeps: expansion {expansion:g} of d_model {store.d_model} gives {num_features} features, which "
+                f"train.feature_ranks ({config.train.feature_ranks}) does not divide; give e.g. expansion {near / store.d_model:g}"
+            )
         before: dict[int, str] = {}
         for point in _points(config, sweep, site, store):
             if point.target_l0 is not None and point.target_l0 >= num_features:

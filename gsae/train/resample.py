@@ -1,15 +1,15 @@
 """New directions for dead features (Bricken et al. 2023, appendix). In: firing counts and fresh rows. Out: changed slices of one SAE.
 
-`plan` says which features are dead; it is pure, and the same on every rank. `apply` draws rows with probability proportional to
-loss^2 and makes features of them. The draw depends on the rows alone, not on ranks or order: a row's key is log(u) / loss^2 with
-u a hash of (seed, run, event, lane, row), and the largest keys win (Efraimidis and Spirakis 2006, weighted sampling without
-replacement).
+`plan` says which features are dead; it is pure, and the same on every rank that holds them. `apply` draws rows with probability
+proportional to loss^2 and makes features of them. The draw depends on the rows alone, not on ranks or order: a row's key is
+log(u) / loss^2 with u a hash of (seed, run, event, lane, row), and the largest keys win (Efraimidis and Spirakis 2006, weighted
+sampling without replacement). The drawn rows, in the order of (lane, row), go to the dead features in their order, however those are split over ranks.
 """
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -40,6 +40,9 @@ class ResamplingPlan:
     event: int
     """Ordinal of the event in the run."""
     dead: Bool[Tensor, " features"]
+    """Of this rank's features."""
+    dead_of_parts: tuple[int, ...]
+    """How many there are in each part of the dictionary; of one in one part, in all."""
     dead_rows: int
     """Rows without firing after which a feature counts as dead."""
     candidate_rows: int
@@ -63,7 +66,7 @@ class ResamplingReport:
     refused: str | None
     """Why nothing was resampled, if the event was refused."""
     features: Int[Tensor, " resampled"]
-    """The resampled features."""
+    """The resampled ones of this rank's features."""
 
 
 def dead_after(config: ResamplingConfig, total_rows: int, interval_rows: int) -> int:
@@ -71,7 +74,7 @@ def dead_after(config: ResamplingConfig, total_rows: int, interval_rows: int) ->
     return max(min(config.dead_after_rows, int(_DEAD_FRACTION * total_rows)), interval_rows // 2, 1)
 
 
-def plan(firing: FiringCounter, config: ResamplingConfig, total_rows: int, event: int) -> ResamplingPlan:
+def plan(firing: FiringCounter, config: ResamplingConfig, total_rows: int, event: int, holders: Group | None = None) -> ResamplingPlan:
     """Find the dead features, or the reason to refuse. A refused event leaves the firing interval running.
 
     Args:
@@ -79,6 +82,7 @@ def plan(firing: FiringCounter, config: ResamplingConfig, total_rows: int, event
         config: the resampling settings.
         total_rows: rows of the run.
         event: ordinal of the event in the run.
+        holders: the ranks that hold a part of the dictionary each; with them it is a collective.
     """
     dead_rows = dead_after(config, total_rows, firing.interval_rows)
     dead = firing.dead(dead_rows)
@@ -88,9 +92,11 @@ def plan(firing: FiringCounter, config: ResamplingConfig, total_rows: int, event
         refused = f"the firing interval holds {firing.interval_rows} rows, fewer than train.resampling.min_interval_rows ({least})"
     elif firing.rows < dead_rows:
         refused = f"{firing.rows} rows were seen, fewer than the {dead_rows} after which a feature counts as dead"
-    is_idle = refused is not None or not bool(dead.any())
+    num_dead = int(dead.sum())
+    dead_of_parts = (num_dead,) if holders is None else tuple(holders.gather_objects(num_dead))
+    is_idle = refused is not None or not any(dead_of_parts)
     candidate_rows = 0 if is_idle else max(1, min(config.max_candidate_rows, int(_CANDIDATE_FRACTION * total_rows)))
-    return ResamplingPlan(event, dead, dead_rows, candidate_rows, refused)
+    return ResamplingPlan(event, dead, dead_of_parts, dead_rows, candidate_rows, refused)
 
 
 @torch.no_grad()
@@ -121,25 +127,36 @@ def apply(
         run_name: the run's name; with seed and event it makes the draw its own.
         group: the ranks that train this SAE.
     """
-    dead = plan.dead.nonzero().flatten()
+    dead, num_dead = plan.dead.nonzero().flatten(), sum(plan.dead_of_parts)
     if plan.candidate_rows == 0:
-        return ResamplingReport(len(dead), 0, plan.dead_rows, 0, plan.refused, dead[:0])
+        return ResamplingReport(num_dead, 0, plan.dead_rows, 0, plan.refused, dead[:0])
     with group.together():
-        survey = _survey(sae, candidates, len(dead), f"{seed}/{run_name}/{plan.event}", config)
+        survey = _survey(sae, candidates, num_dead, f"{seed}/{run_name}/{plan.event}", config)
     rows = int(group.reduce(torch.tensor(survey.rows), "sum"))
-    drawn = survey.drawn.merge(group)
+    place = 0 if group.features is None else group.features.rank
+    num_drawn, drawn = survey.drawn.merge(group, plan.dead_of_parts, place)
     features = dead[: len(drawn)]
-    if len(features) > 0:
+    if num_drawn > 0:
         directions = drawn / torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
-        alive_norms = torch.linalg.vector_norm(sae.encoder, dim=0)[~plan.dead]
-        encoder = directions * (config.encoder_norm * (float(alive_norms.double().mean()) if len(alive_norms) > 0 else 1.0))
+        encoder = directions * (config.encoder_norm * _mean_norm(sae.encoder[:, ~plan.dead], group.features))
         gate_bias = encoder.new_zeros(len(features))
         if config.gate_bias == "median-density":
-            sample = survey.sample.merge(group) - sae.b_dec
-            gate_bias = _gate_bias(encoder, sample, group.reduce(survey.fired, "sum")[~plan.dead], rows)
-        sae.replace_features(features, group.broadcast(encoder), group.broadcast(directions), group.broadcast(gate_bias))
+            sample = survey.sample.merge(group, (_DENSITY_ROWS,), 0)[1] - sae.b_dec
+            alive_fired = group.rows.reduce(survey.fired, "sum")[~plan.dead]
+            alive_fired = alive_fired if group.features is None else group.features.gather(alive_fired)
+            gate_bias = _gate_bias(encoder, sample, alive_fired, rows)
+        given = (group.rows.broadcast(values) for values in (encoder, directions, gate_bias))
+        sae.replace_features(features, *given)
         optimizer.reset_slices(features, ~plan.dead)
-    return ResamplingReport(len(dead), len(features), plan.dead_rows, rows, plan.refused, features)
+    return ResamplingReport(num_dead, num_drawn, plan.dead_rows, rows, plan.refused, features)
+
+
+def _mean_norm(encoder: Float[Tensor, "d_model alive"], holders: Group | None) -> float:
+    """The mean norm of the alive features' encoder directions, over all parts of the dictionary; 1 where none is alive."""
+    norms = torch.linalg.vector_norm(encoder, dim=0).double()
+    sums = torch.stack([norms.sum(), norms.new_tensor(len(norms))])
+    total, count = (sums if holders is None else holders.reduce(sums, "sum")).tolist()
+    return total / count if count else 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,16 +184,44 @@ class KeyedRows:
         best = _best(keys, lanes, rows, self.capacity)
         return type(self)(self.capacity, keys[best], lanes[best], rows[best], torch.cat([self.vectors, vectors])[best.to(vectors.device)])
 
-    def merge(self, group: Group) -> Float[Tensor, "rows d_model"]:
-        """The best rows of all ranks, in order of (lane, row). A collective; only the winners' vectors travel."""
+    def merge(self, group: Group, shares: Sequence[int], place: int) -> "Merged":
+        """The best rows of all ranks, in order of (lane, row), dealt in shares. A collective; only the winners' vectors travel.
+
+        Args:
+            group: the ranks that have some of the rows each.
+            shares: how many rows the first share has, the second, and so on, where there are so many.
+            place: which of them this rank wants; it has no two shares in memory at once.
+        """
         owner = group.gather(torch.full_like(self.lane, group.rank))
         best = _best(group.gather(self.key), group.gather(self.lane), group.gather(self.row), self.capacity)
-        owner_of_best = owner[best]
-        mine = best[owner_of_best == group.rank] - int((owner < group.rank).sum())
-        gathered = group.gather(self.vectors[mine.to(self.vectors.device)])
-        merged = torch.empty_like(gathered)
-        merged[owner_of_best.argsort(stable=True).to(merged.device)] = gathered
-        return merged
+        own_before = int((owner < group.rank).sum())
+        wanted = self.vectors[:0]
+        for number, share in enumerate(torch.split(best, _clipped(shares, len(best)))):
+            owner_of_share = owner[share]
+            mine = share[owner_of_share == group.rank] - own_before
+            gathered = group.gather(self.vectors[mine.to(self.vectors.device)])
+            if number == place:
+                wanted = torch.empty_like(gathered)
+                wanted[owner_of_share.argsort(stable=True).to(wanted.device)] = gathered
+        return Merged(len(best), wanted)
+
+
+class Merged(NamedTuple):
+    """What all ranks together had."""
+
+    total: int
+    """Rows of all shares."""
+    rows: Float[Tensor, "rows d_model"]
+    """Those of this rank's share."""
+
+
+def _clipped(shares: Sequence[int], total: int) -> list[int]:
+    """The shares of `total` things, of which the last ones may get fewer or none."""
+    clipped = []
+    for share in shares:
+        clipped.append(min(share, total))
+        total -= clipped[-1]
+    return clipped
 
 
 def _best(key: Tensor, lane: Tensor, row: Tensor, capacity: int) -> Tensor:
@@ -211,7 +256,7 @@ def _splitmix64(state: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> "np.nda
 
 @dataclass
 class _Survey:
-    """What one pass over this rank's candidates found."""
+    """What one pass over this rank's candidates found. The ranks that see the same rows share them out to keep."""
 
     drawn: KeyedRows
     """Rows to make features of, less b_dec or as residuals."""
@@ -233,6 +278,11 @@ def _survey(sae: SAE, candidates: Iterable[Batch], num_draws: int, name: str, co
         lane, row = batch.lane.cpu(), batch.row.cpu()
         f = sae.encode(batch.x)
         residual = batch.x - sae.decode(f)
+        survey.fired += (f > 0).sum(dim=0)
+        if sae.part is not None:
+            own = slice(sae.part.holders.rank, None, sae.part.holders.size)
+            batch, residual = replace(batch, x=batch.x[own]), residual[own]
+            lane, row = lane[own], row[own]
         vectors = residual if config.direction == "residual" else batch.x - sae.b_dec
         has_direction = torch.linalg.vector_norm(vectors, dim=1) > 0
         loss = torch.where(has_direction, residual.square().sum(dim=1), 0.0)
@@ -240,7 +290,6 @@ def _survey(sae: SAE, candidates: Iterable[Batch], num_draws: int, name: str, co
         if needs_sample:
             is_finite = residual.isfinite().all(dim=1).double()
             survey.sample = survey.sample.add(draw_keys(is_finite, lane, row, f"{name}/density"), lane, row, batch.x)
-        survey.fired += (f > 0).sum(dim=0)
         survey.rows += len(batch.x)
     return survey
 

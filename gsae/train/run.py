@@ -215,6 +215,8 @@ def _resume(runs: list[Run], point: ResumePoint, group: Group) -> None:
         if source is not None:
             restore_run(run, source)
         elif run.spec.starts_from is not None:
-            run.sae.load_state_dict(read_sae(newest_checkpoint(run.directory.with_name(run.spec.starts_from)).path).sae.state_dict())
+            features = None if run.sae.part is None else run.sae.part.features
+            neighbour = newest_checkpoint(run.directory.with_name(run.spec.starts_from)).path
+            run.sae.load_state_dict(read_sae(neighbour, features).sae.state_dict())
         if group.is_first:
             truncate_metrics(run.directory, point.step)

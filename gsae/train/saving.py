@@ -2,7 +2,8 @@
 
     runs --copy, in the order of the computation--> host memory --a thread of the group's first rank--> checkpoint directories
 
-The copy is all that training waits for, unless the checkpoint before is not on the disk yet: there is one copy in memory.
+The copy is all that training waits for, unless the checkpoint before is not on the disk yet: there is one copy in memory. Where features
+are split, each rank of the first row of the grid has such a thread, and writes its part.
 """
 
 import threading
@@ -85,15 +86,16 @@ class Saver:
         for run in runs:
             run.firing.synchronise(bank.group)
         with self._beats.busy(), bank.group.together():
-            if bank.group.is_first and runs:
+            if bank.group.rows.is_first and runs:
                 self._background.wait()
                 snapshots = [take_snapshot(bank, run, partial(self._to_host, run.spec.name)) for run in runs]
-                self._background.start(partial(_write, _end_of_copies(bank.group.device), snapshots, self._keep))
+                writers = () if bank.group.mesh is None else (bank.group.mesh.writers,)
+                self._background.start(partial(_write, _end_of_copies(bank.group.device), snapshots, self._keep, *writers))
 
     def check(self, group: Group) -> None:
         """Raise on all ranks what went wrong so far, without waiting for the disk. A collective."""
         with group.together():
-            if group.is_first:
+            if group.rows.is_first:
                 self._background.raise_failure()
 
     def finish(self, group: Group) -> None:
@@ -103,7 +105,7 @@ class Saver:
             CheckpointError: a checkpoint could not be written.
         """
         with self._beats.busy(), group.together():
-            if group.is_first:
+            if group.rows.is_first:
                 self._background.wait()
 
     @torch.no_grad()
@@ -127,7 +129,7 @@ def _end_of_copies(device: torch.device) -> torch.cuda.Event | None:
     return copied
 
 
-def _write(copied: torch.cuda.Event | None, snapshots: Sequence[Snapshot], keep: Keep) -> None:
+def _write(copied: torch.cuda.Event | None, snapshots: Sequence[Snapshot], keep: Keep, *writers: Group) -> None:
     if copied is not None:
         copied.synchronize()
-    write_snapshots(snapshots, keep)
+    write_snapshots(snapshots, keep, *writers)

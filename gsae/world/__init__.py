@@ -6,9 +6,9 @@ groups, so no caller has a case for it.
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -17,11 +17,11 @@ from accelerate import PartialState
 
 from gsae.errors import ConfigError, RankMismatchError
 from gsae.world.board import Board
-from gsae.world.group import Group, lanes_of, on_sum, without_sum
+from gsae.world.group import Group, Mesh, lanes_of, on_sum, without_sum
 from gsae.world.network import CHOICE, choose_interface, host_name
 from gsae.world.zero3 import Zero3
 
-__all__ = ["Board", "Group", "World", "Zero3", "cut_into_groups", "host_name", "lanes_of", "on_sum", "start", "without_sum"]
+__all__ = ["Board", "Group", "Mesh", "World", "Zero3", "cut_into_groups", "host_name", "lanes_of", "on_sum", "start", "without_sum"]
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,14 @@ def _choose_device(wanted: str, local_rank: int) -> torch.device:
 
 
 @contextmanager
-def start(device: str = "auto", num_groups: int = 1, timeout_seconds: float = 1800) -> Iterator[World]:
+def start(device: str = "auto", num_groups: int = 1, timeout_seconds: float = 1800, feature_ranks: int = 1) -> Iterator[World]:
     """Join the launcher's ranks (or be a world of one), cut them into groups, and leave cleanly.
 
     Args:
         device: `auto`, `cpu` or `cuda`.
         num_groups: number of groups; must divide the number of ranks.
         timeout_seconds: how long a collective waits for a missing rank.
+        feature_ranks: ranks of a group that share the features of a dictionary; must divide the ranks of a group.
 
     Raises:
         RankMismatchError: accelerate sees another number of ranks than the launcher announced, or they do not reach each other.
@@ -102,7 +103,7 @@ def start(device: str = "auto", num_groups: int = 1, timeout_seconds: float = 18
                     f"the launcher announced {launched_size} ranks, accelerate sees {state.num_processes}; "
                     "for CPU ranks use launch/accelerate/cpu.yaml (distributed_type MULTI_GPU with use_cpu false)"
                 )
-            yield cut_into_groups(chosen, num_groups, timeout)
+            yield cut_into_groups(chosen, num_groups, timeout, feature_ranks)
         finally:
             dist.destroy_process_group()
 
@@ -123,24 +124,41 @@ def _join(backend: str, timeout: timedelta) -> None:
         ) from error
 
 
-def cut_into_groups(device: torch.device, num_groups: int, timeout: timedelta = timedelta(minutes=30)) -> World:
+def cut_into_groups(device: torch.device, num_groups: int, timeout: timedelta = timedelta(minutes=30), feature_ranks: int = 1) -> World:
     """Make all process groups, on all ranks in the same order (`new_group` is collective over the world)."""
     size, rank = dist.get_world_size(), dist.get_rank()
-    if num_groups > size or size % num_groups:
+    _require_divisor("train.groups", num_groups, size, "ranks")
+    size_of_group = size // num_groups
+    _require_divisor("train.feature_ranks", feature_ranks, size_of_group, "ranks in a group")
+
+    def make(ranks: Sequence[int], backend: str | None = None) -> Group | None:
+        """A group of these ranks; None on others."""
+        process_group = dist.new_group(list(ranks), timeout=timeout, backend=backend)
+        return Group(tuple(ranks), ranks.index(rank), device, process_group) if rank in ranks else None
+
+    def own(cuts: Iterable[Sequence[int]], backend: str | None = None) -> Group:
+        """The group, of those that these cuts make, that this rank is in."""
+        (found,) = [group for group in [make(ranks, backend) for ranks in cuts] if group is not None]
+        return found
+
+    everyone = own([range(size)])
+    group = own(range(first, first + size_of_group) for first in range(0, size, size_of_group))
+    if feature_ranks > 1:
+        rows = [range(first, first + feature_ranks) for first in range(0, size, feature_ranks)]
+        columns = [
+            range(first + column, first + size_of_group, feature_ranks)
+            for first in range(0, size, size_of_group)
+            for column in range(feature_ranks)
+        ]
+        group = replace(group, mesh=Mesh(rows=own(columns), features=own(rows), writers=own(rows, "gloo")))
+    return World(everyone, group, num_groups)
+
+
+def _require_divisor(setting: str, value: int, size: int, what: str) -> None:
+    if value > size or size % value:
         possible = [n for n in range(1, size + 1) if size % n == 0]
         error = ConfigError(
-            f"train.groups is {num_groups} but there are {size} ranks; set it to one of {possible}, "
-            f"or start a multiple of {num_groups} ranks"
+            f"{setting} is {value} but there are {size} {what}; set it to one of {possible}, or start a multiple of {value} ranks"
         )
         error.spoken_by = 0
         raise error
-    everyone = Group(tuple(range(size)), rank, device, dist.new_group(list(range(size)), timeout=timeout))
-    size_of_group = size // num_groups
-    mine: Group | None = None
-    for first in range(0, size, size_of_group):
-        ranks = tuple(range(first, first + size_of_group))
-        process_group = dist.new_group(list(ranks), timeout=timeout)
-        if rank in ranks:
-            mine = Group(ranks, rank - first, device, process_group)
-    assert mine is not None
-    return World(everyone, mine, num_groups)

@@ -28,6 +28,18 @@ class Group:
     device: torch.device
     """Where this rank computes."""
     process_group: "dist.ProcessGroup"
+    mesh: "Mesh | None" = None
+    """How the ranks share the features of dictionaries too; None: they share only rows, and each holds all features."""
+
+    @property
+    def rows(self) -> "Group":
+        """The ranks that hold the features that this one holds, and share the rows of a batch: all, where features are not split."""
+        return self if self.mesh is None else self.mesh.rows
+
+    @property
+    def features(self) -> "Group | None":
+        """The ranks that see the rows that this one sees, and share the features of a dictionary; None where features are not split."""
+        return None if self.mesh is None else self.mesh.features
 
     @property
     def size(self) -> int:
@@ -119,6 +131,18 @@ class Group:
         )
 
 
+@dataclass(frozen=True)
+class Mesh:
+    """The ranks of a group as a grid, rows x features. Rank r of the group stands in row r // n and column r % n of n columns."""
+
+    rows: Group
+    """This rank's column."""
+    features: Group
+    """This rank's row."""
+    writers: Group
+    """The same ranks as `features`, for collectives of another thread."""
+
+
 def without_sum(module: nn.Module) -> AbstractContextManager[None]:
     """A block in which backward passes of a wrapped module keep their gradients on this rank; the next one outside sums all of them."""
     assert isinstance(module, nn.parallel.DistributedDataParallel)
@@ -155,16 +179,18 @@ def on_sum(module: nn.Module, before: Callable[[], None], after: Callable[[], No
 
 
 def lanes_of(group: Group, num_lanes: int) -> Sequence[int]:
-    """The lanes of this rank: r, r + R, r + 2R, ...
+    """The lanes of this rank: r, r + R, r + 2R, ..., with R the ranks that share the rows of a batch.
 
     Raises:
-        ConfigError: the number of ranks does not divide the number of lanes.
+        ConfigError: their number does not divide the number of lanes.
     """
+    group = group.rows
     if num_lanes % group.size:
         possible = [n for n in range(1, num_lanes + 1) if num_lanes % n == 0]
         nearest = sorted(possible, key=lambda n: abs(n - group.size))[:2]
         raise ConfigError(
             f"{group.size} ranks in a group do not divide corpus.num_lanes ({num_lanes}); "
-            f"start {' or '.join(str(n) for n in sorted(nearest))} ranks a group, or harvest with another num_lanes"
+            f"start {' or '.join(str(n) for n in sorted(nearest))} ranks a group (times train.feature_ranks), "
+            "or harvest with another num_lanes"
         )
     return range(group.rank, num_lanes, group.size)

@@ -65,7 +65,11 @@ def test_a_cut_description_is_refused(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format 2, this version reads 1"),
+        ({"format": 3}, "format 3, this version reads 1 and 2"),
+        ({"format": 2}, "format 2 and 'parts' do not go together"),
+        ({"format": 2, "parts": []}, "has no 'file'"),
+        ({"format": 2, "parts": [{"file": "../a", "features": 96, "sha256": ""}]}, "is at '../a', not beside it"),
+        ({"format": 2, "parts": [{"file": "a", "features": 1, "sha256": ""}]}, "the features of its parts are not num_features, 9"),
         ({"objective": "topk"}, "objective 'topk' is none of relu, gated"),
         ({"objective": "relu"}, "does not fit sae.json"),
         ({"num_features": 8}, "does not fit sae.json"),

@@ -62,7 +62,7 @@ def candidates(lanes, num_batches=10, rows_a_lane=16, repeat=1) -> Iterator[Batc
 def found(dead=DEAD) -> ResamplingPlan:
     mask = torch.zeros(NUM_FEATURES, dtype=torch.bool)
     mask[dead] = True
-    return ResamplingPlan(event=1, dead=mask, dead_rows=100, candidate_rows=640, refused=None)
+    return ResamplingPlan(event=1, dead=mask, dead_of_parts=(len(dead),), dead_rows=100, candidate_rows=640, refused=None)
 
 
 def resample(group, sae, optimizer, batches=None, config=None, dead=DEAD, run_name="gated-m24"):
