@@ -202,6 +202,8 @@ def _plan(words: list[str]) -> int:
     parser.add_argument("--rows-per-second", type=_positive(float), metavar="X", help=rows)
     link = "10^9 bytes a second that a rank sends to another of its group; adds communication to the hours of training"
     parser.add_argument("--link-gigabytes-per-second", type=_positive(float), metavar="X", help=link)
+    memory = "GiB that each rank has where it computes; default: what is free on this machine"
+    parser.add_argument("--memory-gibibytes", type=_positive(float), metavar="X", help=memory)
     parser.add_argument("--slurm", action="store_true", help="suggest Slurm jobs too, as lines to type")
     node = "GPUs of a node, for --slurm; with device: cpu, ranks of a node; default: %(default)s"
     parser.add_argument("--gpus-per-node", type=_positive(int), default=8, metavar="N", help=node)
@@ -217,7 +219,8 @@ def _plan(words: list[str]) -> int:
     from gsae.plan.run import Submission, run_plan
 
     link_rate = None if given.link_gigabytes_per_second is None else 1e9 * given.link_gigabytes_per_second
-    assumptions = Assumptions(given.ranks, given.tokens_per_second, given.rows_per_second, link_rate, given.measure)
+    memory_bytes = None if given.memory_gibibytes is None else round(given.memory_gibibytes * 2**30)
+    assumptions = Assumptions(given.ranks, given.tokens_per_second, given.rows_per_second, link_rate, memory_bytes, measure=given.measure)
     run_plan(config, assumptions, as_json=given.json, submission=Submission(rest, given.gpus_per_node) if given.slurm else None)
     return 0
 
@@ -284,7 +287,7 @@ def _features(words: list[str]) -> int:
     from gsae.evaluate.features import Wanted, run_features
 
     wanted = Wanted(given.features, given.random, given.top, given.window, tuple(given.run))
-    with world.start(config.device, 1) as ranks:
+    with world.start(config.device, 1, feature_ranks=config.train.feature_ranks) as ranks:
         run_features(config, ranks, wanted)
     return 0
 

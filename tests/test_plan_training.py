@@ -215,7 +215,7 @@ def test_the_time_of_a_link_is_that_of_what_is_sent(pipeline, capsys):
     assert run(str(pipeline), *words, "--json") == 0
     train = json.loads(capsys.readouterr().out)["train"]
     told = train["communication"]
-    assert told["sent_bytes_per_step"] == 1.5 * (told["gradient_bytes_per_step"] + told["chore_bytes_per_step"])
+    assert told["sent_bytes_per_step"] == pytest.approx(1.5 * (told["gradient_bytes_per_step"] + told["chore_bytes_per_step"]), rel=1e-12)
     assert told["seconds_per_step"] == told["sent_bytes_per_step"] / 1e6
     # Two sites of 200 steps, each of 64 rows at that rate and what is told meanwhile.
     assert train["hours"] == pytest.approx(2 * 200 * (64 / 6400 + told["seconds_per_step"]) / 3600)

@@ -189,7 +189,7 @@ def evaluate_batch(llm: LLM, sites: Sequence[SplicedSite], batch: EvaluationBatc
             run_values = _run_values(each, reconstruction, rows, clean)
             run_sums[run.name] = run_values.by_block(clean.membership.matrix)
             strata[run.name] = run_strata(in_strata, run_values)
-            l0_histogram = count_l0(reconstruction.l0, rows.kept.flatten(), run.sae.num_features)
+            l0_histogram = count_l0(reconstruction.l0, rows.kept.flatten(), run.sae.total_features)
             firing[run.name] = FiringCounts(reconstruction.firing_counts, l0_histogram, reconstruction.gates)
     return BatchResult(BatchSums(clean.membership.blocks, site_sums, run_sums, strata), firing, checks)
 

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from gsae.sae.part import Part
+
 DENSE_ONE_IN = 10
 """A feature that is on for more than one in so many rows is dense."""
 BINS_A_DECADE = 4
@@ -28,10 +30,10 @@ class FiringCounts:
     """(row, feature) pairs of a gated SAE with the gate open, with a positive magnitude, and with both; 0 without gates."""
 
     @classmethod
-    def none(cls, num_features: int, device: torch.device) -> "FiringCounts":
-        """The counts over no rows."""
-        counts = torch.zeros(num_features + 1, dtype=torch.int64, device=device)
-        return cls(counts[1:].clone(), counts, counts.new_zeros(3))
+    def none(cls, num_features: int, device: torch.device, total_features: int | None = None) -> "FiringCounts":
+        """The counts over no rows; of a part of a dictionary, its features and those of the whole."""
+        counts = torch.zeros((total_features or num_features) + 1, dtype=torch.int64, device=device)
+        return cls(counts.new_zeros(num_features), counts, counts.new_zeros(3))
 
     def __add__(self, other: "FiringCounts") -> "FiringCounts":
         return FiringCounts(self.features + other.features, self.l0_histogram + other.l0_histogram, self.gates + other.gates)
@@ -80,22 +82,40 @@ def density_histogram(features: Int[Tensor, " features"], rows: int) -> DensityH
 
 
 @torch.no_grad()
-def max_decoder_cosine_mean(W_dec: Float[Tensor, "features d_model"]) -> float:
-    """Mean over i of max over j != i of the cosine between rows i and j of W_dec: near 1 means duplicates; 0 for a single feature."""
+def max_decoder_cosine_mean(W_dec: Float[Tensor, "features d_model"], part: Part | None = None) -> float:
+    """Mean over i of max over j != i of the cosine between rows i and j of W_dec: near 1 means duplicates; 0 for a single feature.
+
+    Where W_dec is a part of a dictionary a collective of its holders: a slice of directions at a time goes round.
+    """
     directions = W_dec / W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(W_dec.dtype).tiny)
-    if len(directions) < 2:
+    total, first = (len(directions), 0) if part is None else (part.total, part.first)
+    if total < 2:
         return 0.0
     largest = []
-    for start in range(0, len(directions), SLICE_FEATURES):
-        cosines = directions[start : start + SLICE_FEATURES] @ directions.T
-        own = torch.arange(len(cosines), device=cosines.device)
-        cosines[own, own + start] = -math.inf
-        largest.append(cosines.amax(1))
+    for start in range(0, total, SLICE_FEATURES):
+        stop = min(start + SLICE_FEATURES, total)
+        rows = _rows_of_all(directions, start, stop, part)
+        cosines = rows @ directions.T
+        own = torch.arange(max(start, first), min(stop, first + len(directions)), device=rows.device)
+        cosines[own - start, own - first] = -math.inf
+        of_part = cosines.amax(1)
+        largest.append(of_part if part is None else part.holders.reduce(of_part, "max"))
     return float(torch.cat(largest).double().mean().item())
 
 
-def density_metrics(counts: FiringCounts, W_dec: Float[Tensor, "features d_model"]) -> DensityMetrics:
-    """From the counts over all ranks."""
+def _rows_of_all(directions: Tensor, start: int, stop: int, part: Part | None) -> Tensor:
+    """Rows of the whole dictionary, which may be in several parts."""
+    if part is None:
+        return directions[start:stop]
+    rows = directions.new_zeros(stop - start, directions.shape[1])
+    low, high = max(start, part.first), min(stop, part.first + len(directions))
+    if low < high:
+        rows[low - start : high - start] = directions[low - part.first : high - part.first]
+    return part.reduce(rows)
+
+
+def density_metrics(counts: FiringCounts, W_dec: Float[Tensor, "features d_model"], part: Part | None = None) -> DensityMetrics:
+    """From the counts over all ranks and features. Where W_dec is a part of a dictionary a collective of its holders."""
     rows = int(counts.l0_histogram.sum())
     num_features = len(counts.features)
     return DensityMetrics(
@@ -103,5 +123,5 @@ def density_metrics(counts: FiringCounts, W_dec: Float[Tensor, "features d_model
         l0_p90=l0_quantile(counts.l0_histogram, 90),
         not_seen_fraction=int((counts.features == 0).sum()) / num_features,
         dense_fraction=int((counts.features > rows // DENSE_ONE_IN).sum()) / num_features,
-        max_decoder_cosine_mean=max_decoder_cosine_mean(W_dec),
+        max_decoder_cosine_mean=max_decoder_cosine_mean(W_dec, part),
     )

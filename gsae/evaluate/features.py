@@ -33,6 +33,7 @@ from gsae.llm.load import LLM, describe, load
 from gsae.llm.rows import candidates, special_tokens, within_norm
 from gsae.llm.site import capture
 from gsae.llm.unembedding import direct_logits
+from gsae.sae.objective import SAE
 from gsae.store.durable import write_json_atomically
 from gsae.store.encoding import encode
 from gsae.store.manifest import load as load_manifest
@@ -89,16 +90,16 @@ def run_features(config: Config, world: World, wanted: Wanted) -> None:
     with everyone.together():
         manifest = load_manifest(store_of(config))
         llm = load(replace(config.llm, sharding="replicate", offload=False), world.device)
-        sites = load_sites(manifest, runs, llm, world.device)
+        sites = load_sites(manifest, runs, llm, world.group)
     contexts = share_contexts(config, config.evaluate, manifest, llm, everyone)
     batches = cut_batches(contexts, config.evaluate.batch_contexts)
     with console.progress("features", sum(batch.num_tokens for batch in batches), "tokens") as bar:
-        peaks = find_peaks(llm, sites, batches, features, wanted, everyone, bar.advance)
+        peaks = find_peaks(llm, sites, batches, features, wanted, world.group, bar.advance)
+    directions = {run.name: _directions(run.sae, features[run.name]) for site in sites for run in site.runs}
 
     def write() -> None:
-        saes = {run.name: run.sae for site in sites for run in site.runs}
         for run in runs:
-            described = _describe(run, features[run.name], peaks[run.name], saes[run.name].W_dec, contexts, llm, wanted)
+            described = _describe(run, features[run.name], peaks[run.name], directions[run.name], contexts, llm, wanted)
             write_json_atomically(run.directory / FEATURES_FILE, described)
             _show(run, described, RichConsole(highlight=False))
             console.say(f"{run.name}: {len(described['features'])} features in {run.directory / FEATURES_FILE}")
@@ -161,16 +162,19 @@ def find_peaks(
     everyone: Group,
     advance: Any = lambda tokens: None,
 ) -> dict[str, list[list[Peak]]]:
-    """The strongest contexts of each chosen feature of each run, over all ranks; on every rank. Batch i is rank i mod R's."""
+    """The strongest contexts of each chosen feature of each run, over all ranks; on every rank.
+
+    Batch i is rank i mod R's; on a grid of R rows, it is that of all ranks in a row.
+    """
     found = {run.name: Strongest(len(features[run.name]), wanted.top, wanted.window) for site in sites for run in site.runs}
     first_context = 0
     with everyone.together():
         for number, batch in enumerate(batches):
-            if number % everyone.size == everyone.rank:
+            if number % everyone.rows.size == everyone.rows.rank:
                 _look(llm, sites, batch.to(everyone.device), features, found, first_context)
             first_context += len(batch.tokens)
             advance(batch.num_tokens)
-    parts = everyone.gather_objects({name: strongest.peaks for name, strongest in found.items()})
+    parts = everyone.rows.gather_objects({name: strongest.peaks for name, strongest in found.items()})
     return {name: merge([part[name] for part in parts], wanted.top) for name in found}
 
 
@@ -194,23 +198,38 @@ def _look(
 
 
 def _activations(run: SplicedRun, x: Float[Tensor, "rows d_model"], features: Sequence[int]) -> Float[Tensor, "rows chosen"]:
-    index = torch.tensor(list(features), device=x.device)
+    """Of the whole dictionary: each rank that holds a part of it adds its own."""
     parts = (part.to(run.sae.W_dec.dtype) * run.scale for part in torch.split(x, SLICE_ROWS))
-    return torch.cat([run.sae.encode(part)[:, index] for part in parts])
+    return torch.cat([_chosen(run.sae, run.sae.encode(part).T, features).T for part in parts])
+
+
+@torch.no_grad()
+def _directions(sae: SAE, features: Sequence[int]) -> Float[Tensor, "chosen d_model"]:
+    """Decoder rows. Of a part of a dictionary a collective, as `_chosen` is."""
+    return _chosen(sae, sae.W_dec, features)
+
+
+def _chosen(sae: SAE, by_feature: Float[Tensor, "features width"], features: Sequence[int]) -> Float[Tensor, "chosen width"]:
+    """Rows of what there is of each feature, by their numbers in the whole dictionary."""
+    index = torch.tensor(list(features), device=by_feature.device)
+    if sae.part is None:
+        return by_feature[index]
+    index = index - sae.part.first
+    is_own = (index >= 0) & (index < sae.num_features)
+    return sae.part.reduce(torch.where(is_own[:, None], by_feature[index.clamp(0, sae.num_features - 1)], 0.0))
 
 
 def _describe(
     run: TrainedRun,
     features: Sequence[int],
     peaks: Sequence[Sequence[Peak]],
-    W_dec: Float[Tensor, "features d_model"],
+    directions: Float[Tensor, "chosen d_model"],
     contexts: Sequence[Context],
     llm: LLM,
     wanted: Wanted,
 ) -> dict[str, Any]:
     """What features.json holds."""
-    index = torch.tensor(list(features), device=W_dec.device)
-    logits = direct_logits(llm.model, W_dec.detach()[index])
+    logits = direct_logits(llm.model, directions)
     counts = _firing_counts(run)
     kept_rows = json.loads((run.directory / RESULTS_FILE).read_text())["counts"]["kept_rows"] if counts is not None else None
     described = []

@@ -30,11 +30,12 @@ class GateMetrics:
 
 @torch.no_grad()
 def gate_metrics(counts: FiringCounts, sae: SAE) -> GateMetrics:
-    """From the counts over all ranks."""
+    """From the counts over all ranks and features. Of a part of a dictionary a collective of its holders."""
     opened, positive, on = counts.gates.tolist()
     is_gated = isinstance(sae, GatedSAE)
     either = opened + positive - on
     cosines = encoder_decoder_cosines(sae)
+    cosines = cosines if sae.part is None else sae.part.holders.gather(cosines)
     return GateMetrics(
         gate_open_magnitude_zero_fraction=(opened - on) / opened if is_gated and opened else None,
         gate_magnitude_agreement=on / either if is_gated and either else None,

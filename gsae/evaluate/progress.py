@@ -64,16 +64,21 @@ class Progress:
     num_batches: int = 0
     """How many there were, on all ranks together."""
     firing: dict[str, FiringCounts] = field(default_factory=dict)
-    """Of each run, on the device: this rank's, on the first rank with those of an earlier evaluation that this one continues."""
+    """Of each run, on the device: this rank's, of the features that it holds."""
+    earlier: dict[str, FiringCounts] = field(default_factory=dict)
+    """Of an earlier evaluation that this one continues, over all ranks and features; on the first rank."""
     checks: Mapping[str, SpliceChecks] = field(default_factory=dict)
     """Of each site; on the first rank."""
 
     def reduced_firing(self, group: Group) -> dict[str, FiringCounts]:
-        """Over all ranks, on the CPU. A collective."""
-        return {
-            name: FiringCounts(*(group.reduce(part, "sum").cpu() for part in (each.features, each.l0_histogram, each.gates)))
-            for name, each in self.firing.items()
-        }
+        """Over all ranks and features, on the CPU; complete on the first rank. A collective."""
+        found = {}
+        for name, each in self.firing.items():
+            features = group.rows.reduce(each.features, "sum")
+            features = features if group.features is None else group.features.gather(features)
+            of_rows, of_all = group.rows.reduce(each.l0_histogram, "sum"), group.reduce(each.gates, "sum")
+            found[name] = FiringCounts(features.cpu(), of_rows.cpu(), of_all.cpu())
+        return {name: counts + self.earlier[name] if name in self.earlier else counts for name, counts in found.items()}
 
 
 def save_progress(path: Path, progress: Progress, identity: Mapping[str, Any], group: Group) -> None:
@@ -105,14 +110,13 @@ def save_progress(path: Path, progress: Progress, identity: Mapping[str, Any], g
     group.on_first(write)
 
 
-def load_progress(path: Path, identity: Mapping[str, Any], documents: Int[Tensor, " blocks"], device: torch.device) -> Progress | None:
+def load_progress(path: Path, identity: Mapping[str, Any], documents: Int[Tensor, " blocks"]) -> Progress | None:
     """What an earlier evaluation of the same came to; None where there is none. One rank calls this.
 
     Args:
         path: of the file.
         identity: as for `save_progress`; the earlier evaluation may have had other runs besides.
         documents: of the blocks of this evaluation.
-        device: of the firing counts.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -130,12 +134,9 @@ def load_progress(path: Path, identity: Mapping[str, Any], documents: Int[Tensor
     totals.sites = _sums(SiteSums, "site", tensors)
     totals.runs = {name: sums for name, sums in _sums(RunSums, "run", tensors).items() if name in runs}
     totals.strata = {name: sums for name, sums in _sums(StratumSums, "strata", tensors).items() if name in {*totals.sites, *runs}}
-    firing = {
-        name: FiringCounts(*(getattr(counts, each.name).to(device) for each in fields(counts)))
-        for name, counts in _sums(FiringCounts, "firing", tensors).items()
-        if name in runs
-    }
-    return Progress(totals, about["batches"], firing, {name: SpliceChecks(**check) for name, check in about["checks"].items()})
+    earlier = {name: counts for name, counts in _sums(FiringCounts, "firing", tensors).items() if name in runs}
+    checks = {name: SpliceChecks(**check) for name, check in about["checks"].items()}
+    return Progress(totals, about["batches"], earlier=earlier, checks=checks)
 
 
 def _sums(kind: Kind, word: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -66,7 +66,10 @@ class ReconstructionMetrics:
 
 @torch.no_grad()
 def reconstruct(sae: SAE, x: Float[Tensor, "rows d_model"], scale: float, kept: Bool[Tensor, " rows"]) -> Reconstruction:
-    """The rows through the SAE, whether kept or not: f = encode(scale x), x_hat = decode(f) / scale."""
+    """The rows through the SAE, whether kept or not: f = encode(scale x), x_hat = decode(f) / scale.
+
+    Of a part of a dictionary a collective: x_hat and L0 are those of the whole, counts those of the part.
+    """
     x_hat, l0 = [], []
     firing_counts = torch.zeros(sae.num_features, dtype=torch.int64, device=x.device)
     gates = firing_counts.new_zeros(3)
@@ -82,7 +85,8 @@ def reconstruct(sae: SAE, x: Float[Tensor, "rows d_model"], scale: float, kept: 
             f = sae.encode(scaled)
         x_hat.append(sae.decode(f) / scale)
         is_on = f > 0
-        l0.append(is_on.sum(1))
+        own_l0 = is_on.sum(1)
+        l0.append(own_l0 if sae.part is None else sae.part.reduce(own_l0))
         firing_counts += is_on[kept[rows]].sum(0)
     return Reconstruction(torch.cat(x_hat), torch.cat(l0), firing_counts, gates)
 

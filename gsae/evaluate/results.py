@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import safetensors.torch
 from jaxtyping import Float, Int
@@ -23,8 +23,8 @@ from gsae.errors import CheckpointError
 from gsae.evaluate import strata
 from gsae.evaluate.batch import SpliceChecks
 from gsae.evaluate.bootstrap import interval
-from gsae.evaluate.density import FiringCounts, density_histogram, density_metrics
-from gsae.evaluate.gates import gate_metrics
+from gsae.evaluate.density import DensityMetrics, FiringCounts, density_histogram, density_metrics
+from gsae.evaluate.gates import GateMetrics, gate_metrics
 from gsae.evaluate.pairs import BLOCKS_FILE, write_blocks
 from gsae.evaluate.reconstruction import reconstruction_metrics
 from gsae.evaluate.splice import splice_metrics
@@ -95,6 +95,18 @@ class Evidence:
     """By name of the site."""
 
 
+class FeatureMetrics(NamedTuple):
+    """What the features of an SAE say, over all of them."""
+
+    density: DensityMetrics
+    gates: GateMetrics
+
+
+def describe_features(sae: SAE, firing: FiringCounts) -> FeatureMetrics:
+    """From the counts over all ranks and features. Of a part of a dictionary a collective of its holders."""
+    return FeatureMetrics(density_metrics(firing, sae.W_dec, sae.part), gate_metrics(firing, sae))
+
+
 @dataclass(frozen=True)
 class Measured:
     """What an evaluation found of one run."""
@@ -105,7 +117,7 @@ class Measured:
     """Its site's and its own."""
     firing: FiringCounts
     """Over all ranks."""
-    sae: SAE
+    of_features: FeatureMetrics
     max_norm: float
     """The site's bound of kept rows."""
 
@@ -174,7 +186,7 @@ def write_results(run: TrainedRun, measured: Measured, evidence: Evidence) -> di
         measured: what was found of it.
         evidence: what it shares with the other runs.
     """
-    (site_sums, run_sums), firing, sae = measured.sums, measured.firing, measured.sae
+    (site_sums, run_sums), firing = measured.sums, measured.firing
     kept_rows = int(site_sums.kept_rows.sum())
     write_blocks(run.directory / BLOCKS_FILE, site_sums, run_sums, evidence.documents)
     with write_aside(run.directory / DENSITY_FILE) as file:
@@ -182,8 +194,7 @@ def write_results(run: TrainedRun, measured: Measured, evidence: Evidence) -> di
         file.write(safetensors.torch.save(tensors, metadata={"kept_rows": str(kept_rows)}))
     scale = run.description["scale"]
     totals = (site_sums.total(), run_sums.total())
-    of_features = (density_metrics(firing, sae.W_dec), gate_metrics(firing, sae))
-    parts = (reconstruction_metrics(*totals, scale), splice_metrics(*totals), *of_features, _training_metrics(run))
+    parts = (reconstruction_metrics(*totals, scale), splice_metrics(*totals), *measured.of_features, _training_metrics(run))
     metrics = {field.name: _number(getattr(part, field.name)) for part in parts for field in fields(part)}
     num_documents = evidence.draws.shape[1]
     results = {

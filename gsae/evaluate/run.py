@@ -22,12 +22,24 @@ from gsae.evaluate.batch import BatchSums, SplicedRun, SplicedSite, cut_batches,
 from gsae.evaluate.bootstrap import draw_documents
 from gsae.evaluate.density import FiringCounts
 from gsae.evaluate.progress import PROGRESS_FILE, Progress, Totals, load_progress, save_progress
-from gsae.evaluate.results import Evidence, Measured, TrainedRun, evaluation_identity, find_trained_runs, is_evaluated, write_results
+from gsae.evaluate.results import (
+    Evidence,
+    FeatureMetrics,
+    Measured,
+    TrainedRun,
+    describe_features,
+    evaluation_identity,
+    find_trained_runs,
+    is_evaluated,
+    write_results,
+)
 from gsae.evaluate.splice import EvaluationBatch
 from gsae.heartbeat import Heartbeat, heartbeat
 from gsae.llm.load import LLM, LLMInfo, describe, load
 from gsae.llm.site import Site, Tail
 from gsae.sae.formats import read_sae
+from gsae.sae.objective import SAE
+from gsae.sae.part import part_of
 from gsae.sae.products import SLOW_BFLOAT16, is_quick_at_bfloat16
 from gsae.store.lease import lease
 from gsae.store.manifest import Manifest
@@ -107,7 +119,7 @@ def _load(config: Config, plan: Plan, world: World, console: Console) -> _Work:
         console.warn_once(SLOW_BFLOAT16)
     with world.everyone.together():
         llm = load(replace(config.llm, sharding="replicate", offload=False), world.device)
-        sites = load_sites(plan.manifest, plan.pending, llm, world.device)
+        sites = load_sites(plan.manifest, plan.pending, llm, world.group)
     contexts = share_contexts(config, config.evaluate, plan.manifest, llm, world.everyone)
     console.say(
         f"evaluate: {len(plan.pending)} runs at {len(sites)} sites on {len(contexts)} contexts; {plan.num_done} runs have results already"
@@ -117,11 +129,11 @@ def _load(config: Config, plan: Plan, world: World, console: Console) -> _Work:
 
 def _evaluate(config: Config, plan: Plan, work: _Work, world: World, console: Console, request: StopRequest, beats: Heartbeat) -> None:
     """Evaluate from the first batch, or where an earlier evaluation of the same ended, to the last, or to a stop."""
-    everyone, path = world.everyone, Path(config.output) / PROGRESS_FILE
+    everyone, path = world.group, Path(config.output) / PROGRESS_FILE  # all ranks, as a grid
     weights = {run.name: {"step": run.step, "sae_sha256": run.sae_sha256} for run in plan.pending}
     identity = {"evaluation": plan.identity, "runs": weights}
     documents = documents_of_blocks(work.batches)
-    progress = load_progress(path, identity, documents, world.device) if everyone.is_first else None
+    progress = load_progress(path, identity, documents) if everyone.is_first else None
     progress = progress or Progress(Totals(documents))
     progress.num_batches = everyone.broadcast_object(progress.num_batches)
     tokens = [batch.num_tokens for batch in work.batches]
@@ -132,7 +144,7 @@ def _evaluate(config: Config, plan: Plan, work: _Work, world: World, console: Co
     is_to_stop = False
     with console.progress("evaluate", sum(tokens), "tokens", done) as bar:
         for num_tokens in evaluate_rounds(work.llm, work.sites, work.batches, everyone, progress, check=True):
-            beats.beat(turns=1, batches=everyone.size)
+            beats.beat(turns=1, batches=everyone.rows.size)
             bar.advance(num_tokens)
             is_to_stop, is_due = request.is_made(everyone, int(time.monotonic() - saved_at > SAVE_EVERY_SECONDS))
             if progress.num_batches < len(tokens) and (is_to_stop or is_due):
@@ -147,7 +159,11 @@ def _evaluate(config: Config, plan: Plan, work: _Work, world: World, console: Co
         return
     with beats.busy():
         firing = progress.reduced_firing(everyone)
-        everyone.on_first(lambda: _write(config, plan, work, progress, firing, console))
+        with everyone.together():
+            # One rank alone has all features of an SAE, or those that hold a part each are asked together.
+            is_asked = everyone.rows.is_first
+            of_features = {run.name: describe_features(run.sae, firing[run.name]) for each in work.sites for run in each.runs if is_asked}
+        everyone.on_first(lambda: _write(config, plan, work, progress, firing, of_features, console))
         everyone.on_first(lambda: path.unlink(missing_ok=True))
 
 
@@ -192,18 +208,31 @@ def share_contexts(config: Config, settings: EvaluateConfig, manifest: Manifest,
     return everyone.on_first(lambda: held_out_contexts(config.corpus, settings, llm.tokenizer, length, packed))
 
 
-def load_sites(manifest: Manifest, trained: Sequence[TrainedRun], llm: LLM, device: torch.device) -> list[SplicedSite]:
-    """The sites of some runs in layer order, each with its SAEs on the device."""
+def load_sites(manifest: Manifest, trained: Sequence[TrainedRun], llm: LLM, group: Group) -> list[SplicedSite]:
+    """The sites of some runs in layer order, each with its SAEs on the device: on a grid of ranks, with this rank's parts of them.
+
+    Raises:
+        ConfigError: train.feature_ranks does not divide the features of one.
+    """
     sites = []
     for name in manifest.sites:
-        runs = tuple(
-            SplicedRun(run.name, read_sae(run.checkpoint).sae.to(device).requires_grad_(False), run.description["scale"])
-            for run in trained
-            if run.description["site"] == name
-        )
+        of_site = [run for run in trained if run.description["site"] == name]
+        runs = tuple(SplicedRun(run.name, _load_sae(run, group), run.description["scale"]) for run in of_site)
         if runs:
-            sites.append(spliced_site(manifest, name, llm, runs, device))
+            sites.append(spliced_site(manifest, name, llm, runs, group.device))
     return sites
+
+
+def _load_sae(run: TrainedRun, group: Group) -> SAE:
+    num_features = int(run.description["num_features"])
+    if group.features is not None and num_features % group.features.size:
+        raise ConfigError(
+            f"train.feature_ranks ({group.features.size}) does not divide the {num_features} features of {run.name}; set a divisor, or 1"
+        )
+    part = part_of(num_features, group.features)
+    sae = read_sae(run.checkpoint, None if part is None else part.features).sae
+    sae.part = part
+    return sae.to(group.device).requires_grad_(False)
 
 
 def spliced_site(manifest: Manifest, name: str, llm: LLM, runs: tuple[SplicedRun, ...], device: torch.device) -> SplicedSite:
@@ -228,7 +257,7 @@ def evaluate_rounds(
         llm: the whole LLM, on each rank.
         sites: in layer order.
         batches: all of them, on each rank.
-        everyone: the ranks that share them.
+        everyone: the ranks that share them; of a grid those of a row take the same ones.
         progress: where it begins; it holds all of each round when that ends.
         check: whether splicing is checked on the first batch.
 
@@ -236,26 +265,35 @@ def evaluate_rounds(
         The tokens of each round.
     """
     device = everyone.device
-    none = {run.name: FiringCounts.none(run.sae.num_features, device) for site in sites for run in site.runs}
-    progress.firing = none | progress.firing
+    saes = {run.name: run.sae for site in sites for run in site.runs}
+    progress.firing = {name: FiringCounts.none(sae.num_features, device, sae.total_features) for name, sae in saes.items()}
+    rows = everyone.rows
     while progress.num_batches < len(batches):
         start = progress.num_batches
-        round_of_batches = batches[start : start + everyone.size]
+        round_of_batches = batches[start : start + rows.size]
         sums: BatchSums | None = None
         with everyone.together():
-            if everyone.rank < len(round_of_batches):
-                batch = round_of_batches[everyone.rank].to(device)
-                result = evaluate_batch(llm, sites, batch, check=check and start + everyone.rank == 0)
+            if rows.rank < len(round_of_batches):
+                batch = round_of_batches[rows.rank].to(device)
+                result = evaluate_batch(llm, sites, batch, check=check and start + rows.rank == 0)
                 sums, progress.checks = result.sums, progress.checks or result.checks
                 progress.firing = {name: counts + result.firing[name] for name, counts in progress.firing.items()}
-        for part in everyone.gather_objects(sums):
+        for part in rows.gather_objects(sums):
             if part is not None and everyone.is_first:
                 progress.totals.add(part)
         progress.num_batches += len(round_of_batches)
         yield sum(batch.num_tokens for batch in round_of_batches)
 
 
-def _write(config: Config, plan: Plan, work: _Work, progress: Progress, firing: Mapping[str, FiringCounts], console: Console) -> None:
+def _write(
+    config: Config,
+    plan: Plan,
+    work: _Work,
+    progress: Progress,
+    firing: Mapping[str, FiringCounts],
+    of_features: Mapping[str, FeatureMetrics],
+    console: Console,
+) -> None:
     totals, settings = progress.totals, config.evaluate
     draws = draw_documents(int(totals.documents.max()) + 1, settings.bootstrap_draws, settings.seed)
     num_contexts, num_tokens = sum(len(batch.tokens) for batch in work.batches), sum(batch.num_tokens for batch in work.batches)
@@ -266,6 +304,6 @@ def _write(config: Config, plan: Plan, work: _Work, progress: Progress, firing: 
             name = site.site.name
             sums = totals.sites[name], totals.runs[run.name]
             strata = totals.strata[name], totals.strata[run.name]
-            metrics = write_results(run, Measured(sums, strata, firing[run.name], spliced.sae, site.max_norm), evidence)
+            metrics = write_results(run, Measured(sums, strata, firing[run.name], of_features[run.name], site.max_norm), evidence)
             shown = ", ".join(f"{word} {metrics[key]:.4g}" for word, key in SHOWN.items() if metrics[key] is not None)
             console.say(f"{run.name}: {shown}")

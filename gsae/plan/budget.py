@@ -9,9 +9,10 @@ from pathlib import Path
 from gsae.config import Config
 from gsae.llm.load import load_tokenizer
 from gsae.llm.site import Site, resolve_sites
-from gsae.plan.disk import NUMBER_BYTES, StoreSize, checkpoint_bytes, free_bytes, num_parameters, on_one_disk, store_size
+from gsae.plan.disk import NUMBER_BYTES, StoreSize, checkpoint_bytes, free_bytes, on_one_disk, store_size
 from gsae.plan.llm import LLMNeeds, Shape, llm_needs, read_shape
 from gsae.plan.machine import Machine, this_machine
+from gsae.plan.memory import part_parameters
 from gsae.plan.rate import measure_tokens_per_second
 from gsae.plan.text import TrainingText, read_text
 from gsae.plan.training import TrainingNeeds, TrainingRates, training_needs
@@ -30,6 +31,8 @@ class Assumptions:
     """Of the stream that a group trains all runs of a site from, as `gsae train` shows it."""
     link_bytes_per_second: float | None = None
     """That a rank sends to another of its group."""
+    memory_bytes: int | None = None
+    """That each rank has where it computes; None takes what is free here."""
     measure: bool = False
     """Whether to measure tokens_per_second here, on one rank, and take all ranks to be as fast."""
 
@@ -80,6 +83,8 @@ class Budget:
     llm: LLMNeeds
     train: TrainingNeeds
     machine: Machine
+    free_bytes_per_rank: int
+    """Where it computes: as assumed, or here."""
     text: TrainingText
     shape: Shape
 
@@ -96,7 +101,9 @@ def budget(config: Config, assumptions: Assumptions) -> Budget:
     banks = plan_banks(config, StoreOutline(shape.num_layers, shape.d_model, layers, dict.fromkeys(layers, 1.0)))
     text = read_text(config, load_tokenizer(config.llm))
     store = store_size(config, list(layers), shape.d_model, text)
-    rates = TrainingRates(assumptions.ranks, assumptions.rows_per_second, assumptions.link_bytes_per_second)
+    machine = this_machine(config)
+    free = assumptions.memory_bytes or machine.free_bytes_per_rank(assumptions.ranks)
+    rates = TrainingRates(assumptions.ranks, assumptions.rows_per_second, free, assumptions.link_bytes_per_second)
     sae_bytes = _sae_bytes(config, banks)
     llm = llm_needs(config, shape, sites[-1].layer, len(sites), assumptions.ranks, sae_bytes)
     train = training_needs(config, banks, store, rates, llm.evaluation_bytes_per_rank - sae_bytes)
@@ -106,7 +113,8 @@ def budget(config: Config, assumptions: Assumptions) -> Budget:
         disk=_disk(config, banks),
         llm=llm,
         train=train,
-        machine=this_machine(config),
+        machine=machine,
+        free_bytes_per_rank=free,
         text=text,
         shape=shape,
     )
@@ -145,5 +153,6 @@ def _disk(config: Config, banks: list[BankSpec]) -> Disk:
 
 
 def _sae_bytes(config: Config, banks: list[BankSpec]) -> int:
-    """Bytes of the SAEs of all runs, which an evaluation holds together."""
-    return NUMBER_BYTES[config.train.dtype] * sum(num_parameters(run) for bank in banks for run in bank.runs)
+    """Bytes of the SAEs of all runs, which an evaluation holds together: of a rank's parts of them, where features are split."""
+    columns = config.train.feature_ranks
+    return NUMBER_BYTES[config.train.dtype] * sum(part_parameters(run, columns) for bank in banks for run in bank.runs)

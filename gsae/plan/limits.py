@@ -29,6 +29,9 @@ def _ranks(config: Config, found: Budget) -> Iterator[str]:
         yield f"{ranks} ranks do not divide corpus.num_lanes ({lanes}), so the harvest is refused; give --ranks that do, or set num_lanes"
     if ranks % groups:
         yield f"train.groups ({groups}) does not divide {ranks} ranks, so training is refused; set it to a divisor"
+    elif (ranks // groups) % config.train.feature_ranks:
+        of_group = f"{ranks // groups} ranks of a group"
+        yield f"train.feature_ranks ({config.train.feature_ranks}) does not divide the {of_group}, so training is refused; set a divisor"
     queue = found.train.queue
     if queue.idle_groups:
         first, last = queue.idle_groups[0], queue.idle_groups[-1]
@@ -75,7 +78,7 @@ def _store_cures(config: Config, found: Budget, for_store: int) -> Iterator[str]
 
 def _harvest(config: Config, found: Budget) -> Iterator[str]:
     llm, machine = found.llm, found.machine
-    free = machine.free_bytes_per_rank(llm.ranks)
+    free = found.free_bytes_per_rank
     if llm.harvest_bytes_per_rank > free:
         cures = ", ".join([*_llm_cures(config, found, free), f"or take {'GPUs' if machine.gpu_free_bytes else 'a host'} with more memory"])
         yield (
@@ -117,7 +120,7 @@ def _sharding_cures(config: Config, found: Budget, free: int) -> Iterator[str]:
 
 def _train(config: Config, found: Budget) -> Iterator[str]:
     train, machine = found.train, found.machine
-    free = machine.free_bytes_per_rank(found.llm.ranks)
+    free = found.free_bytes_per_rank
     fewer = "ask for fewer runs a site, or smaller expansions, in train.sweeps"
     windows, snapshot = f"lower train.window_rows ({config.train.window_rows})", train.snapshot_bytes_per_rank
     on_device = {"lower train.micro_batch_rows": train.features_bytes_per_rank, fewer: train.state_bytes_per_rank}
@@ -125,7 +128,8 @@ def _train(config: Config, found: Budget) -> Iterator[str]:
     if machine.gpu_free_bytes:
         here = machine.ranks_here(found.llm.ranks)
         first_ranks = -(-here // train.ranks_per_group)
-        in_host = {windows: here * train.window_bytes_per_rank, fewer: first_ranks * train.snapshot_bytes_per_group}
+        readers = -(-here * train.window_readers_per_group // train.ranks_per_group)
+        in_host = {windows: readers * train.window_bytes_per_rank, fewer: first_ranks * train.snapshot_bytes_per_group}
         needed = sum(in_host.values())
         if needed > machine.host_free_bytes:
             yield (
@@ -137,7 +141,10 @@ def _train(config: Config, found: Budget) -> Iterator[str]:
         on_device[windows] = train.window_bytes_per_rank
     needed = sum(on_device.values())
     if needed > free:
-        yield f"training will not fit: {gib(needed)} a rank, {gib(free)} are free {_place(found)}; {_largest_first(on_device)}"
+        grid = None if train.grids is None else train.grids.chosen
+        is_cure = grid is not None and grid.fits and grid.feature_ranks != train.feature_ranks
+        split = f"set train.feature_ranks {grid.feature_ranks}, or " if grid is not None and is_cure else ""
+        yield f"training will not fit: {gib(needed)} a rank, {gib(free)} are free {_place(found)}; {split}{_largest_first(on_device)}"
 
 
 def _largest_first(cures: dict[str, int]) -> str:
@@ -147,7 +154,7 @@ def _largest_first(cures: dict[str, int]) -> str:
 
 
 def _evaluation(config: Config, found: Budget) -> Iterator[str]:
-    needed, free = found.llm.evaluation_bytes_per_rank, found.machine.free_bytes_per_rank(found.llm.ranks)
+    needed, free = found.llm.evaluation_bytes_per_rank, found.free_bytes_per_rank
     if needed > free:
         batch = f"lower evaluate.batch_contexts ({config.evaluate.batch_contexts})"
         yield (

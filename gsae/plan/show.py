@@ -100,9 +100,11 @@ def _train(found: Budget) -> Iterator[Line]:
         parts += f", {gib(train.probe_bytes_per_rank)} of the LLM for train.evaluate_every_fraction"
     group = f"the largest site on {counted(train.ranks_per_group, 'rank')}"
     yield "memory", f"about {gib(train.device_bytes_per_rank)} a rank where it computes, for {group}: {parts}"
-    snapshot = f"{gib(train.snapshot_bytes_per_group)} on a group's first rank for the checkpoint that is being written"
+    writers = "a group's first rank" if train.feature_ranks == 1 else f"{train.feature_ranks} ranks of a group"
+    snapshot = f"{gib(train.snapshot_bytes_per_group)} on {writers} for the checkpoint that is being written"
     yield "host memory", f"about {gib(train.window_bytes_per_rank)} a rank for windows, and {snapshot}"
     yield "network", _network(found)
+    yield from _grids(found)
     yield from _groups(found)
     if train.hours is None:
         yield "time", "give --rows-per-second, as gsae train shows it for the runs of a site"
@@ -114,10 +116,33 @@ def _network(found: Budget) -> str:
     told, ranks = found.train.communication, found.train.ranks_per_group
     if ranks == 1:
         return "nothing: a rank alone in its group has nobody to talk to"
-    tensors = f"{gib(told.gradient_bytes_per_step)} of gradients and {gib(round(told.chore_bytes_per_step))} of chores a step"
+    parts = {"gradients": told.gradient_bytes_per_step, "reconstructions": told.feature_bytes_per_step, "rows": told.row_bytes_per_step}
+    summed = ", ".join(f"{gib(size)} of {name}" for name, size in parts.items() if size) or "nothing of gradients"
+    tensors = f"{summed} and {gib(round(told.chore_bytes_per_step))} of chores a step"
     sent, seconds = told.sent_bytes_per_step, told.seconds_per_step
     time = "" if seconds is None else f", in {1000 * seconds:,.1f} ms at {sent / seconds / 1e9:g} GB/s"
     return f"{tensors} over {ranks} ranks: each sends {gib(round(sent))}{time}"
+
+
+def _grids(found: Budget) -> Iterator[Line]:
+    """What each way to share rows and features takes, and which is best; nothing where there is only one."""
+    train = found.train
+    if train.grids is None or len(train.grids.possible) == 1:
+        return
+    chosen = train.grids.chosen
+    for grid in train.grids.possible:
+        marks = ["as configured" if grid.feature_ranks == train.feature_ranks else "", "" if grid.fits else "does not fit"]
+        seconds = "" if grid.seconds_per_step is None else f", in {1000 * grid.seconds_per_step:,.1f} ms"
+        needs = f"{gib(grid.device_bytes_per_rank)} a rank, each sends {gib(round(grid.sent_bytes_per_step))} a step{seconds}"
+        said = ", ".join(mark for mark in marks if mark)
+        yield f"grid {grid.row_ranks}x{grid.feature_ranks}", needs + (f" ({said})" if said else "")
+    if chosen.feature_ranks != train.feature_ranks:
+        room = gib(found.free_bytes_per_rank)
+        why = f"sends least of those that fit {room}" if chosen.fits else f"needs least memory; none fits {room}"
+        yield "advice", f"train.feature_ranks {chosen.feature_ranks} {why} a rank"
+    if train.feature_ranks > 1:
+        per_reader, readers = gib(train.window_bytes_per_rank), train.window_readers_per_group
+        yield "readers", f"{counted(readers, 'rank')} of a group read, with windows of {per_reader} each (train.shared_reads)"
 
 
 def _groups(found: Budget) -> Iterator[Line]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from gsae.config import Config
 from gsae.plan.communication import Communication, communication
 from gsae.plan.disk import StoreSize, num_parameters, row_bytes
+from gsae.plan.grid import Grids, find_grids
 from gsae.plan.memory import snapshot_bytes, state_bytes, step_bytes
 from gsae.plan.pilots import PilotNeeds, pilot_needs
 from gsae.plan.queue import Queue, plan_queue
@@ -22,6 +23,8 @@ class TrainingRates:
     ranks: int
     rows_per_second: float | None
     """Of the stream that a group trains all runs of the largest site from; smaller sites are taken to be faster by their parameters."""
+    free_bytes_per_rank: int
+    """Memory where a rank computes."""
     link_bytes_per_second: float | None
     """That a rank sends to another while it receives as much. With it, communication is added to the time."""
 
@@ -58,9 +61,16 @@ class TrainingNeeds:
     probe_bytes_per_rank: int
     """The whole LLM and a batch of it, for evaluations while training goes on; 0 without them."""
     window_bytes_per_rank: int
-    """Rows that are shuffled, in the host's memory."""
+    """Rows that are shuffled, in the host's memory of a rank that reads."""
+    window_readers_per_group: int
+    """Ranks that read: all, or one of those that see the same rows."""
     snapshot_bytes_per_group: int
-    """A checkpoint of a bank's runs on its way to the disk, in the host's memory of the group's first rank."""
+    """A checkpoint of a bank's runs on its way to the disk, in the host's memory of the group's first rank, or of its first
+    feature_ranks."""
+    feature_ranks: int
+    """Ranks of a group that share the features of a dictionary."""
+    grids: Grids | None
+    """The ways in which a group's ranks can share rows and features."""
     communication: Communication
     """Of the largest bank."""
     queue: Queue
@@ -85,13 +95,15 @@ def training_needs(
     pilots = [pilot_needs(config, bank) for bank in banks]
     parameters = [max(_num_parameters(bank), before.parameters) for bank, before in zip(banks, pilots, strict=True)]
     largest = max(banks, key=_num_parameters)
-    state = state_bytes(train, max(parameters))
-    rows = -(-train.batch_rows // ranks_a_group)
+    columns = min(train.feature_ranks, ranks_a_group)
+    row_ranks = max(1, ranks_a_group // columns)
+    state = state_bytes(train, -(-max(parameters) // columns))
+    rows = -(-train.batch_rows // row_ranks)
     probe = 0 if train.evaluate_every_fraction is None else evaluation_bytes
     features = max(step_bytes(train, run, rows) for bank in banks for run in bank.runs)
     used_rows = min(store.rows_per_site, train.max_rows or store.rows_per_site)
     rows_a_part = used_rows // store.parts
-    window = min(train.window_rows, rows_a_part) * row_bytes(largest.runs[0].d_model, store.storage_dtype) // ranks_a_group
+    window = min(train.window_rows, rows_a_part) * row_bytes(largest.runs[0].d_model, store.storage_dtype) // row_ranks
     total_rows, warm = banks[0].total_rows, [bank for bank in banks if bank.is_warm]
     rows_a_visit = max(train.batch_rows, rows_a_part - rows_a_part % train.batch_rows)
     return TrainingNeeds(
@@ -114,6 +126,9 @@ def training_needs(
         probe_bytes_per_rank=probe,
         window_bytes_per_rank=WINDOWS * window,
         snapshot_bytes_per_group=max(snapshot_bytes(train, bank.runs, size) for bank, size in zip(banks, parameters, strict=True)),
+        feature_ranks=columns,
+        window_readers_per_group=row_ranks if train.shared_reads else ranks_a_group,
+        grids=find_grids(config, banks, ranks_a_group, rates.free_bytes_per_rank - probe, rates.link_bytes_per_second),
         communication=communication(config, largest, ranks_a_group, rates.link_bytes_per_second),
         queue=_queue(config, banks, pilots, rates),
     )

@@ -8,6 +8,8 @@ travels on the way back. b_dec's gradient is the one other sum over features (tr
 and the first alone the decoder's.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -18,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from gsae.world import Group
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Part:
     """The features that this rank holds of a dictionary."""
 
@@ -28,6 +30,8 @@ class Part:
     """Features of the dictionary."""
     holders: Group
     """The ranks that hold all of it, in the order of their parts."""
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Makes a block around each wait for the others, for whoever measures them."""
 
     @property
     def is_first(self) -> bool:
@@ -41,8 +45,13 @@ class Part:
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over the parts, on each of them. A collective; all of them must go on with it alike, for the gradient's sake."""
-        found: Tensor = _Sum.apply(value, self.holders)  # type: ignore[no-untyped-call]
+        found: Tensor = _Sum.apply(value, self)  # type: ignore[no-untyped-call]
         return found
+
+    def reduce(self, value: Tensor) -> Tensor:
+        """The same where no gradient passes."""
+        with self.waiting():
+            return self.holders.reduce(value, "sum")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -59,8 +68,8 @@ class _Sum(torch.autograd.Function):
     """y = sum over ranks of x; dx = dy, which is the same on all of them."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, holders: Group) -> Tensor:
-        return holders.reduce(value, "sum")
+    def forward(ctx: Any, value: Tensor, part: Part) -> Tensor:
+        return part.reduce(value)
 
     @staticmethod
     @once_differentiable

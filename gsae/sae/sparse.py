@@ -70,7 +70,7 @@ def sum_parts(part: Part | None, *decoded: Tensor | None) -> tuple[Tensor | None
     if part is None:
         return decoded
     given = [values for values in decoded if values is not None]
-    summed = iter(part.holders.reduce(torch.stack(given), "sum"))
+    summed = iter(part.reduce(torch.stack(given)))
     return tuple(None if values is None else next(summed) for values in decoded)
 
 

@@ -119,6 +119,10 @@ class Bank:
             for run in self.runs:
                 on_sum(run.module, partial(self.clock.enter, "communicating"), partial(self.clock.enter, "computing"))
 
+        for run in self.runs:
+            if run.sae.part is not None:
+                run.sae.part.waiting = partial(self.clock.within, "communicating")
+
     @property
     def active_runs(self) -> list[Run]:
         """The runs that still train."""

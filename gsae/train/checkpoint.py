@@ -163,8 +163,9 @@ def _fill_part(snapshot: Snapshot, directory: Path) -> list[str]:
     holders = snapshot.part.holders
     names = [part_file(name, holders.rank, holders.size) for name in (WEIGHTS_FILE, STATE_TENSORS_FILE)]
     sae, tensors = _contents(snapshot)
-    write_tensors(directory / names[0], sae.state_dict())
-    write_tensors(directory / names[1], tensors)
+    with _on_disk(snapshot):  # so that the other ranks say it too
+        write_tensors(directory / names[0], sae.state_dict())
+        write_tensors(directory / names[1], tensors)
     return names
 
 

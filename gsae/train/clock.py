@@ -7,6 +7,8 @@ before a copy that is not there, counts for what was entered last.
 
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -28,7 +30,7 @@ class Seconds:
     """Rows to the device and the training type, as far as the computation waited for it."""
     computing: float = 0.0
     communicating: float = 0.0
-    """Gradients summed over ranks, as far as the computation waited for it."""
+    """Gradients summed over ranks, as far as the computation waited for it; reconstructions too, where features are split."""
     chores: float = 0.0
     """Log lines, resampling, copies of checkpoints and waiting for the disk."""
 
@@ -51,6 +53,16 @@ class Clock:
         """From now on time goes for this."""
         self._times.enter(phase)
 
+    @contextmanager
+    def within(self, phase: Phase) -> Iterator[None]:
+        """A block for which time goes for this, and afterwards for what it went before."""
+        before = self._times.phase
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
     def read(self) -> Seconds:
         """The seconds since the last call, and begin anew in the same phase. On a GPU it waits for the work that is queued."""
         return Seconds(**self._times.read())
@@ -59,16 +71,16 @@ class Clock:
 class _HostTimes:
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
-        self._phase: Phase = "chores"
+        self.phase: Phase = "chores"
         self._since = time.perf_counter()
 
     def enter(self, phase: Phase) -> None:
         now = time.perf_counter()
-        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._since
-        self._phase, self._since = phase, now
+        self._seconds[self.phase] = self._seconds.get(self.phase, 0.0) + now - self._since
+        self.phase, self._since = phase, now
 
     def read(self) -> dict[str, float]:
-        self.enter(self._phase)
+        self.enter(self.phase)
         seconds, self._seconds = self._seconds, {}
         return seconds
 
@@ -80,6 +92,10 @@ class _DeviceTimes:
         self._entries: deque[tuple[Phase, torch.cuda.Event]] = deque()
         self._spare: list[torch.cuda.Event] = []
         self.enter("chores")
+
+    @property
+    def phase(self) -> Phase:
+        return self._entries[-1][0]
 
     def enter(self, phase: Phase) -> None:
         event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -134,7 +134,7 @@ class SAEOptimizer:
     def _over_parts(self, value: Tensor) -> Tensor:
         """The sum over the parts of the dictionary."""
         part = self._sae.part
-        return value if part is None else part.holders.reduce(value, "sum")
+        return value if part is None else part.reduce(value)
 
     def _project_gradient(self) -> None:
         """Remove from each decoder row's gradient the component along the row, which renormalising would undo."""

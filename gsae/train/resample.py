@@ -3,7 +3,8 @@
 `plan` says which features are dead; it is pure, and the same on every rank that holds them. `apply` draws rows with probability
 proportional to loss^2 and makes features of them. The draw depends on the rows alone, not on ranks or order: a row's key is
 log(u) / loss^2 with u a hash of (seed, run, event, lane, row), and the largest keys win (Efraimidis and Spirakis 2006, weighted
-sampling without replacement). The drawn rows, in the order of (lane, row), go to the dead features in their order, however those are split over ranks.
+sampling without replacement). The drawn rows, in the order of (lane, row), go to the dead features in their order, however those are
+split over ranks.
 """
 
 import hashlib
