@@ -81,7 +81,7 @@ def _read(path: str) -> tuple[SAE, dict[str, Any]]:
         return foreign.sae.to(foreign.dtype), foreign.description
     source = find_sae(path)
     dtype = torch.promote_types(source.dtype, torch.float32)
-    return folded(source.sae, source.description).to(dtype), folded_description(source.description)
+    return folded(source.read(), source.description).to(dtype), folded_description(source.description)
 
 
 def _run_of(path: str, site: str, sae: SAE, description: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:

@@ -21,6 +21,6 @@ def load_sae(path: str | Path, *, device: str | torch.device = "cpu", dtype: tor
         CheckpointError: there is no SAE at `path`, it is damaged, is another library's, or the hub cannot be reached.
     """
     source = find_sae(path)
-    weights = jumprelu_weights(folded(source.sae, source.description))
+    weights = jumprelu_weights(folded(source.read(), source.description))
     description = folded_description(source.description)
     return FoldedSAE(weights, description).to(device=device, dtype=dtype or source.dtype).eval()

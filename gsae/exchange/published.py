@@ -10,7 +10,7 @@ from typing import Any
 
 from gsae.errors import ConfigError
 from gsae.exchange.card import CARD_FILE, model_card
-from gsae.sae.formats import save_sae
+from gsae.sae.formats import WEIGHTS_FILE, describe_sae, write_tensors
 from gsae.sae.objective import SAE
 from gsae.store.durable import PARTIAL_SUFFIX, fsync_directory, fsync_file, make_directory
 
@@ -74,7 +74,13 @@ def write_published(directory: Path, sae: SAE, description: Mapping[str, Any], a
         description: of an SAE with the scale folded in (see `gsae.sae.folded.folded_description`).
         address: the hub repository that it goes to, if any.
     """
-    save_sae(directory, sae, dict(description))
+    write_tensors(directory / WEIGHTS_FILE, sae.state_dict())
+    describe_published(directory, sae, description, address)
+
+
+def describe_published(directory: Path, sae: SAE, description: Mapping[str, Any], address: str | None) -> None:
+    """The files beside the weights, which are there; `sae` may be without storage."""
+    describe_sae(directory, sae, description)
     (directory / CARD_FILE).write_text(model_card(sae, description, "gsae", address), encoding="utf-8")
 
 

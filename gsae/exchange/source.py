@@ -1,4 +1,4 @@
-"""Finding an SAE. In: what a user calls it. Out: the SAE as it is stored, with all that is known of it.
+"""Finding an SAE. In: what a user calls it. Out: the SAE as it is stored, or some of its features, with all that is known of it.
 
 A path may be a run directory (its newest checkpoint), a checkpoint, a directory that `gsae export` or `gsae import` made, or
 `owner/name[@revision]` on the Hugging Face hub.
@@ -16,33 +16,48 @@ from gsae.exchange.provenance import provenance
 from gsae.sae.contents import require_weights
 from gsae.sae.folded import FOLDED_KEY
 from gsae.sae.foreign import FILES
-from gsae.sae.formats import DESCRIPTION_FILE, WEIGHTS_FILE, read_sae
+from gsae.sae.formats import DESCRIPTION_FILE, PARTS_KEY, WEIGHTS_FILE, check_sae, read_sae
 from gsae.sae.objective import SAE
 from gsae.store.runs import RUN_FILE, checkpoints, find_runs
 
-OF_THE_FILE = ("format", "sha256")
+OF_THE_FILE = ("format", "sha256", PARTS_KEY)
 """Keys of sae.json that speak of the file, not of the SAE."""
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A stored SAE."""
+    """A stored SAE. Its files were compared with their hashes."""
 
-    sae: SAE
-    """As it is stored: the scale not folded in unless the description says so."""
+    directory: Path
+    """Where its files are."""
     description: dict[str, Any]
     """What its sae.json says; for a checkpoint also what its run knows (see `gsae.exchange.provenance`)."""
     run: Path | None
     """The run directory it belongs to."""
+    outline: SAE
+    """One like it, without storage."""
 
     @property
     def dtype(self) -> torch.dtype:
         """The type it is stored in."""
-        return self.sae.b_dec.dtype
+        return self.outline.b_dec.dtype
+
+    def read(self, features: range | None = None) -> SAE:
+        """The SAE as it is stored, onto the CPU: the scale is not folded in unless the description says so.
+
+        Args:
+            features: those to read; None reads all.
+
+        Raises:
+            CheckpointError: a weight is NaN or infinite.
+        """
+        sae = read_sae(self.directory, features or range(self.outline.num_features)).sae
+        require_weights(sae.state_dict(), str(self.directory))
+        return sae
 
 
 def find_sae(path: str | Path) -> Source:
-    """Read the SAE that `path` names, onto the CPU.
+    """Find the SAE that `path` names; its weights are not read yet.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it is another library's.
@@ -76,14 +91,16 @@ def _read(directory: Path) -> Source:
         directory = found[-1].path
     elif not (directory / DESCRIPTION_FILE).exists():
         raise CheckpointError(f"{directory} holds no {DESCRIPTION_FILE}; {_what_it_is(directory)}")
-    saved = read_sae(directory)
-    require_weights(saved.sae.state_dict(), str(directory))
+    saved = check_sae(directory)
     run = directory.resolve().parent.parent
     run_of_it = run if (run / RUN_FILE).exists() and directory.resolve().parent.name == "checkpoints" else None
-    description = dict(saved.description)
+    description = dict(saved)
     if run_of_it is not None and not description.get(FOLDED_KEY):
-        description |= provenance(run_of_it, saved.description)
-    return Source(saved.sae, {key: value for key, value in description.items() if key not in OF_THE_FILE}, run_of_it)
+        description |= provenance(run_of_it, saved)
+    first = read_sae(directory, range(1)).sae
+    with torch.device("meta"):
+        outline = type(first)(first.d_model, saved["num_features"], first.b_dec.dtype)
+    return Source(directory, {key: value for key, value in description.items() if key not in OF_THE_FILE}, run_of_it, outline)
 
 
 def _what_it_is(directory: Path) -> str:

@@ -67,8 +67,12 @@ def save_sae(directory: Path, sae: SAE, description: dict[str, Any]) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory / WEIGHTS_FILE, sae.state_dict())
-    with (directory / WEIGHTS_FILE).open("rb") as weights:
-        sha256 = hashlib.file_digest(weights, "sha256").hexdigest()
+    describe_sae(directory, sae, description)
+
+
+def describe_sae(directory: Path, sae: SAE, description: Mapping[str, Any]) -> None:
+    """Write the `sae.json` of an SAE whose weights are in their file already; `sae` may be without storage."""
+    sha256 = _sha256(directory / WEIGHTS_FILE)
     own = {"format": FORMAT, "d_model": sae.d_model, "num_features": sae.num_features, "sha256": sha256}
     _write_description(directory, {**description, **own})
 
@@ -145,6 +149,17 @@ def read_sae(directory: Path, features: range | None = None) -> SavedSAE:
     return SavedSAE(sae, description)
 
 
+def check_sae(directory: Path) -> dict[str, Any]:
+    """The description of an SAE whose files are those that it names; no weights are in memory.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of another format.
+    """
+    description = _read_description(directory / DESCRIPTION_FILE)
+    _require_hashes(description, weight_files(directory, description))
+    return description
+
+
 def weight_files(directory: Path, description: Mapping[str, Any]) -> list[Path]:
     """The files of an SAE's weights, in the order of their features."""
     parts = description.get(PARTS_KEY)
@@ -156,8 +171,7 @@ def _require_hashes(description: Mapping[str, Any], files: Sequence[Path]) -> No
     hashes = [description["sha256"]] if parts is None else [part["sha256"] for part in parts]
     for path, wanted in zip(files, hashes, strict=True):
         try:
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = _sha256(path)
         except OSError as error:
             names = f"{WEIGHTS_FILE} and {DESCRIPTION_FILE}" if parts is None else f"the files that {DESCRIPTION_FILE} names"
             raise CheckpointError(f"{path}: {error.strerror}; give a directory with both {names}") from error
@@ -165,6 +179,11 @@ def _require_hashes(description: Mapping[str, Any], files: Sequence[Path]) -> No
             raise CheckpointError(
                 f"{path}: SHA-256 differs from {DESCRIPTION_FILE}, the file is damaged; use another checkpoint, or copy it again"
             )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_features(files: Sequence[Path], axis_of: Callable[[str], int | None], features: range | None) -> dict[str, Tensor]:
