@@ -19,8 +19,9 @@ from gsae.config import Config, SweepConfig, TrainConfig
 from gsae.plan.budget import Assumptions, budget
 from gsae.plan.communication import Communication, sent_bytes
 from gsae.plan.disk import checkpoint_bytes, num_parameters
+from gsae.plan.grid import train_bytes
 from gsae.plan.limits import warnings
-from gsae.plan.memory import snapshot_bytes, state_bytes, step_bytes
+from gsae.plan.memory import part_parameters, snapshot_bytes, state_bytes, step_bytes
 from gsae.plan.queue import take_turns
 from gsae.plan.show import lines
 from gsae.sae.objective import UNIT_NORM, build
@@ -88,6 +89,25 @@ STATES = [{}, {"dtype": "float64"}, {"ema_decay": 0.9}]
 @pytest.mark.parametrize("train", STATES, ids=str)
 def test_what_stays_from_step_to_step_takes_the_planned_bytes(tmp_path, train):
     ranks.run(1, check_state, str(tmp_path), train)
+
+
+def check_split_state(folder: str) -> None:
+    with world.start("cpu", feature_ranks=2) as here:
+        bank = make_bank(Path(folder) / str(here.group.rank), here.group)
+    held = 0
+    for each in bank.runs:
+        held += sum(p.nbytes + p.grad.nbytes for p in each.sae.parameters())
+        held += sum(map(int, each.module._get_ddp_logging_data()["bucket_sizes"].split(",")))
+        held += sum(value.nbytes for value in each.optimizer.state_tensors().values())
+    config = replace(Config(), train=replace(bank.config, feature_ranks=2))
+    parameters = sum(part_parameters(run, 2) for run in bank.spec.runs)
+    assert state_bytes(config.train, parameters) == pytest.approx(held, rel=0.002)
+    largest = max(step_bytes(config.train, run, config.train.batch_rows) for run in bank.spec.runs)
+    assert train_bytes(config.train, [bank.spec], 2) == state_bytes(config.train, parameters) + largest
+
+
+def test_a_part_of_a_dictionary_takes_its_share_of_the_bytes(tmp_path):
+    ranks.run(2, check_split_state, str(tmp_path))
 
 
 def check_step(shapes: list, products: str) -> None:
@@ -221,6 +241,50 @@ def test_the_time_of_a_link_is_that_of_what_is_sent(pipeline, capsys):
     assert train["hours"] == pytest.approx(2 * 200 * (64 / 6400 + told["seconds_per_step"]) / 3600)
     assert run(str(pipeline), *words) == 0
     assert f"in {1000 * told['seconds_per_step']:.1f} ms at 0.001 GB/s" in capsys.readouterr().out
+
+
+# grids
+
+
+def test_of_the_grids_that_fit_the_one_that_sends_least_is_advised(pipeline, monkeypatch):
+    """Many rows and few features: whole dictionaries, while they fit. A rank with less memory must split them."""
+    words = ["--train.sweeps", json.dumps([{"objective": "gated", "expansions": [8], "lambdas": {"*": [0.9]}}])]
+    config = read_config("plan", [str(pipeline), *words])
+    grids = budget(config, Assumptions(ranks=4)).train.grids
+    assert [(grid.row_ranks, grid.feature_ranks) for grid in grids.possible] == [(4, 1), (2, 2), (1, 4)]
+    needed = [grid.device_bytes_per_rank for grid in grids.possible]
+    sent = {grid.feature_ranks: grid.sent_bytes_per_step for grid in grids.possible}
+    for grid in grids.possible:
+        split = replace(config, train=replace(config.train, feature_ranks=grid.feature_ranks))
+        found = budget(split, Assumptions(ranks=4)).train
+        assert found.communication.sent_bytes_per_step == grid.sent_bytes_per_step
+        assert found.device_bytes_per_rank == grid.device_bytes_per_rank
+    assert grids.chosen.feature_ranks == min(sent, key=sent.get)
+    short = budget(config, Assumptions(ranks=4, memory_bytes=(needed[0] + needed[1]) // 2))
+    assert [grid.fits for grid in short.train.grids.possible] == [False, True, True]
+    assert short.train.grids.chosen.feature_ranks == min((2, 4), key=sent.get)
+    (line,) = [line for line in warnings(config, short) if line.startswith("training will not fit")]
+    assert f"set train.feature_ranks {short.train.grids.chosen.feature_ranks}, or " in line
+    none = budget(config, Assumptions(ranks=4, memory_bytes=1)).train.grids
+    assert none.chosen.device_bytes_per_rank == min(needed)
+
+
+def test_features_are_split_where_they_are_more_than_rows(pipeline):
+    """2 d M numbers of gradients for whole dictionaries, 2 d B of reconstructions for split ones."""
+    for expansion, rows, feature_ranks in ((256, 64, 2), (2, 512, 1)):
+        sweep = {"objective": "gated", "expansions": [expansion], "lambdas": {"*": [0.9]}}
+        words = ["--train.sweeps", json.dumps([sweep]), "--train.batch_rows", str(rows), "--train.log_every_steps", "1000"]
+        found = budget(read_config("plan", [str(pipeline), *words]), Assumptions(ranks=2))
+        assert found.train.grids.chosen.feature_ranks == feature_ranks
+        advice = [line for line in lines(found, []) if "train.feature_ranks" in line]
+        assert len(advice) == (feature_ranks != 1)
+
+
+def test_the_readers_of_a_grid_are_shown_with_both_ways(pipeline, capsys):
+    for shared, first in (("true", "2 ranks of a group read"), ("false", "all 4 read 2 times the bytes")):
+        assert run(str(pipeline), "--ranks", "4", "--train.feature_ranks", "2", "--train.shared_reads", shared) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("readers")]
+        assert line.split("readers")[1].strip().startswith(first)
 
 
 # groups

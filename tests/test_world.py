@@ -208,3 +208,37 @@ def test_a_board_is_not_held_up_by_another_thread_and_says_when_its_holder_is_go
                 with pytest.raises(ConnectionError, match=r"^[^\n]+$"):
                     board.read(["a"])
             waiting.join(10)
+
+
+# grids
+
+
+def check_grid(num_groups: int) -> None:
+    with world.start("cpu", num_groups, feature_ranks=2) as here:
+        rank, group = dist.get_rank(), here.group
+        size = 4 // num_groups
+        first = rank // size * size
+        row, column = divmod(rank - first, 2)
+        assert group.rows.ranks == tuple(range(first + column, first + size, 2))
+        assert group.features.ranks == group.mesh.writers.ranks == (first + 2 * row, first + 2 * row + 1)
+        assert (group.rows.rank, group.features.rank) == (row, column)
+        assert here.everyone.features is None
+        assert list(world.lanes_of(group, 8)) == list(range(row, 8, size // 2)), "the ranks of a row have the same lanes"
+        number = torch.tensor([rank + 1])
+        assert int(group.rows.reduce(number, "sum")) == sum(other + 1 for other in group.rows.ranks)
+        assert int(group.features.reduce(number, "sum")) == 4 * row + 2 * first + 3
+
+
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_a_group_is_a_grid_of_rows_and_features(num_groups):
+    ranks.run(4, check_grid, num_groups)
+
+
+def check_refused() -> None:
+    said = r"train.feature_ranks is 3 but there are 2 ranks in a group; set it to one of \[1, 2\], or start a multiple of 3 ranks"
+    with pytest.raises(ConfigError, match=said), world.start("cpu", feature_ranks=3):
+        pass
+
+
+def test_feature_ranks_that_do_not_divide_a_group_are_refused_with_those_that_do():
+    ranks.run(2, check_refused)

@@ -17,18 +17,12 @@ from gsae.exchange import hub
 from gsae.exchange.card import CARD_FILE, model_card
 from gsae.exchange.published import describe_published, require_free, write_directory, write_json
 from gsae.exchange.source import Source, find_sae, is_on_hub
-from gsae.exchange.streamed import Slice, layouts, write_safetensors, write_state_dict
-from gsae.sae.folded import folded, folded_description
+from gsae.exchange.streamed import Slice, outline, write_safetensors, write_state_dict
+from gsae.sae.folded import folded_description
 from gsae.sae.foreign import FILES, dictionary_config, dictionary_tensors, saelens_architecture, saelens_config, saelens_tensors
 from gsae.sae.formats import WEIGHTS_FILE, fold_scale
 from gsae.sae.objective import SAE
 
-SLICE_BYTES = 2**26
-"""Of the weights of some features in float64, of which there are a few copies at once."""
-NO_FEATURES: dict[str, int | None] = {"b_dec": None}
-SAELENS_AXES: dict[str, int | None] = {"W_enc": 1, **NO_FEATURES}
-DICTIONARY_AXES: dict[str, int | None] = {"decoder.weight": 1, "bias": None, "decoder_bias": None}
-"""The axis of features of those tensors of a format of which it is not the first."""
 Target = Literal["gsae", "saelens", "dictionary_learning", "jumprelu"]
 """A format; `jumprelu` is SAELens' architecture of that name, the others are the library's own form of the SAE."""
 
@@ -78,35 +72,29 @@ def _default_output(source: Source, target: Target, path: str) -> Path:
 
 
 def _write(source: Source, target: Target, push: str | None, directory: Path) -> None:
-    description, outline = folded_description(source.description), source.outline
+    description, sae = folded_description(source.description), source.outline
     if target == "gsae":
-        _write_weights(
-            directory / WEIGHTS_FILE, source, source.dtype, lambda sae: sae.state_dict(), {**outline.FEATURE_AXIS, **NO_FEATURES}
-        )
-        describe_published(directory, outline, description, push)
+        _write_weights(directory / WEIGHTS_FILE, source, source.dtype, lambda sae: sae.state_dict())
+        describe_published(directory, sae, description, push)
         return
     if target == "dictionary_learning":
         weights, config = FILES["dictionary_learning"]
-        _write_weights(directory / weights, source, torch.float32, dictionary_tensors, DICTIONARY_AXES)
-        write_json(directory / config, dictionary_config(outline, description))
+        _write_weights(directory / weights, source, torch.float32, dictionary_tensors)
+        write_json(directory / config, dictionary_config(sae, description))
     else:
-        architecture = "jumprelu" if target == "jumprelu" else saelens_architecture(outline)
+        architecture = "jumprelu" if target == "jumprelu" else saelens_architecture(sae)
         weights, config = FILES["saelens"]
-        _write_weights(directory / weights, source, torch.float32, partial(saelens_tensors, architecture=architecture), SAELENS_AXES)
-        write_json(directory / config, saelens_config(outline, architecture, description))
-    (directory / CARD_FILE).write_text(model_card(outline, description, target, push), encoding="utf-8")
+        _write_weights(directory / weights, source, torch.float32, partial(saelens_tensors, architecture=architecture))
+        write_json(directory / config, saelens_config(sae, architecture, description))
+    (directory / CARD_FILE).write_text(model_card(sae, description, target, push), encoding="utf-8")
 
 
-def _write_weights(
-    path: Path, source: Source, dtype: torch.dtype, convert: Callable[[SAE], Mapping[str, Tensor]], axes: Mapping[str, int | None]
-) -> None:
+def _write_weights(path: Path, source: Source, dtype: torch.dtype, convert: Callable[[SAE], Mapping[str, Tensor]]) -> None:
     """Write the weights, on raw activations, in a form of `convert`'s, a slice of features after another."""
-    total, width = source.outline.num_features, source.outline.d_model
-    count = max(1, SLICE_BYTES // (2 * width * torch.float64.itemsize))
 
-    def read(start: int) -> Slice:
-        sae = folded(source.read(range(start, min(start + count, total))), source.description)
-        return Slice(start, convert(fold_scale(sae, 1.0).to(dtype)))  # which gives an imported SAE's decoder rows norm 1 too
+    def read(features: range) -> Slice:
+        sae = fold_scale(source.folded(features), 1.0)  # which gives an imported SAE's decoder rows norm 1 too
+        return Slice(features.start, convert(sae.to(dtype)))
 
     write = write_state_dict if path.name == FILES["dictionary_learning"][0] else write_safetensors
-    write(path, layouts(read(0).tensors, axes, total), map(read, range(0, total, count)))
+    write(path, outline(lambda count: convert(source.blank(count).to(dtype)), source.outline.num_features), map(read, source.slices()))

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from gsae.exchange.source import find_sae
-from gsae.sae.folded import FoldedSAE, folded, folded_description, jumprelu_weights
+from gsae.exchange.source import Source, find_sae
+from gsae.exchange.streamed import feature_axis, outline
+from gsae.sae.folded import FoldedSAE, JumpReluWeights, folded_description, jumprelu_weights
 
 
 def load_sae(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> FoldedSAE:
@@ -21,6 +22,17 @@ def load_sae(path: str | Path, *, device: str | torch.device = "cpu", dtype: tor
         CheckpointError: there is no SAE at `path`, it is damaged, is another library's, or the hub cannot be reached.
     """
     source = find_sae(path)
-    weights = jumprelu_weights(folded(source.read(), source.description))
-    description = folded_description(source.description)
-    return FoldedSAE(weights, description).to(device=device, dtype=dtype or source.dtype).eval()
+    weights = _weights(source, dtype or source.dtype)
+    return FoldedSAE(weights, folded_description(source.description)).to(device=device).eval()
+
+
+def _weights(source: Source, dtype: torch.dtype) -> JumpReluWeights:
+    """The weights in `dtype`, computed in float64, of which there is a slice of features at a time."""
+    wanted = outline(lambda count: vars(jumprelu_weights(source.blank(count))), source.outline.num_features)
+    whole = {name: torch.empty(value.shape, dtype=dtype) for name, value in wanted.items()}
+    for features in source.slices():
+        for name, values in vars(jumprelu_weights(source.folded(features))).items():
+            axis = feature_axis(whole[name].shape, values.shape)
+            place = () if axis is None else (slice(None),) * axis + (slice(features.start, features.stop),)
+            whole[name][place].copy_(values)
+    return JumpReluWeights(**whole)

@@ -59,13 +59,17 @@ def communication(config: Config, bank: BankSpec, ranks: int, link_bytes_per_sec
     gradients = 0 if rows == 1 else NUMBER_BYTES[train.dtype] * sum(part_parameters(run, columns) for run in bank.runs)
     local_rows = -(-bank.batch_rows // rows)
     features = 0 if columns == 1 else sum(feature_bytes(train, run, local_rows) for run in bank.runs)
-    is_shared = columns > 1 and train.shared_reads
-    own_rows = local_rows * (row_bytes(bank.runs[0].d_model, config.harvest.storage_dtype) + ROW_NAME_BYTES) if is_shared else 0
+    own_rows = row_bytes_per_step(config, bank, local_rows) if columns > 1 and train.shared_reads else 0
     chores = _chore_bytes(config, bank, rows, columns) / bank.total_steps
     sent = sent_bytes(gradients, rows) + sent_bytes(features, columns) + own_rows + sent_bytes(chores, ranks)
     return Communication(
         gradients, features, own_rows, chores, sent, None if link_bytes_per_second is None else sent / link_bytes_per_second
     )
+
+
+def row_bytes_per_step(config: Config, bank: BankSpec, local_rows: int) -> int:
+    """What a rank that reads sends to those that see the same rows."""
+    return local_rows * (row_bytes(bank.runs[0].d_model, config.harvest.storage_dtype) + ROW_NAME_BYTES)
 
 
 def feature_bytes(train: TrainConfig, run: RunSpec, local_rows: int) -> int:

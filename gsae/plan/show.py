@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from gsae.plan.budget import Budget
+from gsae.plan.training import TrainingNeeds
 from gsae.plan.units import counted, gib, hours
 
 SHOWN_GROUPS = 8
@@ -141,8 +142,21 @@ def _grids(found: Budget) -> Iterator[Line]:
         why = f"sends least of those that fit {room}" if chosen.fits else f"needs least memory; none fits {room}"
         yield "advice", f"train.feature_ranks {chosen.feature_ranks} {why} a rank"
     if train.feature_ranks > 1:
-        per_reader, readers = gib(train.window_bytes_per_rank), train.window_readers_per_group
-        yield "readers", f"{counted(readers, 'rank')} of a group read, with windows of {per_reader} each (train.shared_reads)"
+        yield "readers", _readers(train)
+
+
+def _readers(train: TrainingNeeds) -> str:
+    """What train.shared_reads costs, and what the other choice would."""
+    rows, all_ranks = train.ranks_per_group // train.feature_ranks, train.ranks_per_group
+    once, each = (gib(readers * train.window_bytes_per_rank) for readers in (rows, all_ranks))
+    sent = gib(train.shared_row_bytes_per_step)
+    ways = {
+        "true": f"{counted(rows, 'rank')} of a group read, with windows of {once} in all, and send {sent} a step to the others of a row",
+        "false": f"all {all_ranks} read {train.feature_ranks} times the bytes, with windows of {each} in all",
+    }
+    chosen = "true" if train.window_readers_per_group < all_ranks else "false"
+    other = "false" if chosen == "true" else "true"
+    return f"{ways[chosen]}; with train.shared_reads {other}: {ways[other]}"
 
 
 def _groups(found: Budget) -> Iterator[Line]:

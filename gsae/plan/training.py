@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gsae.config import Config
-from gsae.plan.communication import Communication, communication
+from gsae.plan.communication import Communication, communication, row_bytes_per_step
 from gsae.plan.disk import StoreSize, num_parameters, row_bytes
 from gsae.plan.grid import Grids, find_grids
-from gsae.plan.memory import snapshot_bytes, state_bytes, step_bytes
+from gsae.plan.memory import part_parameters, snapshot_bytes, state_bytes, step_bytes
 from gsae.plan.pilots import PilotNeeds, pilot_needs
 from gsae.plan.queue import Queue, plan_queue
 from gsae.train.plan import BankSpec, by_site
@@ -64,6 +64,8 @@ class TrainingNeeds:
     """Rows that are shuffled, in the host's memory of a rank that reads."""
     window_readers_per_group: int
     """Ranks that read: all, or one of those that see the same rows."""
+    shared_row_bytes_per_step: int
+    """That such a rank sends to the others, with train.shared_reads."""
     snapshot_bytes_per_group: int
     """A checkpoint of a bank's runs on its way to the disk, in the host's memory of the group's first rank, or of its first
     feature_ranks."""
@@ -97,7 +99,8 @@ def training_needs(
     largest = max(banks, key=_num_parameters)
     columns = min(train.feature_ranks, ranks_a_group)
     row_ranks = max(1, ranks_a_group // columns)
-    state = state_bytes(train, -(-max(parameters) // columns))
+    part = sum(part_parameters(run, columns) for run in largest.runs)
+    state = state_bytes(train, max(parameters) * part // _num_parameters(largest))
     rows = -(-train.batch_rows // row_ranks)
     probe = 0 if train.evaluate_every_fraction is None else evaluation_bytes
     features = max(step_bytes(train, run, rows) for bank in banks for run in bank.runs)
@@ -126,6 +129,7 @@ def training_needs(
         probe_bytes_per_rank=probe,
         window_bytes_per_rank=WINDOWS * window,
         snapshot_bytes_per_group=max(snapshot_bytes(train, bank.runs, size) for bank, size in zip(banks, parameters, strict=True)),
+        shared_row_bytes_per_step=row_bytes_per_step(config, largest, rows),
         feature_ranks=columns,
         window_readers_per_group=row_ranks if train.shared_reads else ranks_a_group,
         grids=find_grids(config, banks, ranks_a_group, rates.free_bytes_per_rank - probe, rates.link_bytes_per_second),

@@ -118,7 +118,6 @@ class Bank:
         if self.group.rows.size > 1:  # one rank alone sums no gradients
             for run in self.runs:
                 on_sum(run.module, partial(self.clock.enter, "communicating"), partial(self.clock.enter, "computing"))
-
         for run in self.runs:
             if run.sae.part is not None:
                 run.sae.part.waiting = partial(self.clock.within, "communicating")

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ pytest.importorskip("triton")
 from gsae.sae import dense_kernels, dense_on_kernels, entry_kernels, kernels, on_kernels, sparse_on_kernels
 from gsae.sae.dense_on_kernels import dense_kernel_objective
 from gsae.sae.objective import SAE_CLASS, build, objective
+from gsae.sae.part import Part
 from gsae.sae.products import rounded_factors
+from gsae.sae.sparse import sparse_objective
 from gsae.sae.sparse_on_kernels import Capacity, Factors, propose_from_products, propose_fused, sparse_kernel_objective
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,6 +78,25 @@ def test_the_sparse_step_equals_the_dense_reference(name, shift):
     assert torch.equal(out.opened, expected.opened)
     assert torch.equal(out.fired, expected.fired)
     assert_near(found, wanted)
+
+
+class OtherHalf(Part):
+    """A part whose sums get what another part's ranks would add: the same each time."""
+
+    def reduce(self, value):
+        generator = torch.Generator().manual_seed(7)
+        return value + torch.randn(value.shape, generator=generator).to(value)
+
+
+@pytest.mark.parametrize("first", [0, FEATURES])
+@pytest.mark.parametrize("name", SAE_CLASS)
+def test_steps_on_a_part_of_a_dictionary_equal_the_reference_s(name, first):
+    sae, x = sae_and_rows(name)
+    sae.part = OtherHalf(first, 2 * FEATURES, SimpleNamespace(rank=first // FEATURES, size=2))
+    _, wanted = results(sae, sparse_objective(name, in_bfloat16=False), x)
+    assert float(wanted["b_dec"].norm()) > 0
+    for step in (sparse_kernel_objective(name), dense_kernel_objective(name)):
+        assert_near(results(sae, step, x)[1], wanted)
 
 
 @pytest.mark.parametrize("name", ["gated", "gated-norm-weighted"])

@@ -83,8 +83,12 @@ def listed(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_broken_row_ends_the_training_with_its_name_and_once_it_is_mended_all_is_as_if_nothing_had_been(harvested, tmp_path):
-    config, store, output = with_store(harvested, tmp_path, sites=[-2]), tmp_path / "store", tmp_path / "runs"
+@pytest.mark.parametrize("feature_ranks", [1, 2])
+def test_a_broken_row_ends_the_training_with_its_name_and_once_it_is_mended_all_is_as_if_nothing_had_been(
+    harvested, tmp_path, feature_ranks
+):
+    settings = {"sites": [-2], "feature_ranks": feature_ranks}
+    config, store, output = with_store(harvested, tmp_path, **settings), tmp_path / "store", tmp_path / "runs"
     origin = broken_at(store, "resid.2", step=23)
     with started(2, hurried, "train", str(config)) as ranks:
         assert ranks.wait(60) == [2] * 2
@@ -110,7 +114,7 @@ def test_a_broken_row_ends_the_training_with_its_name_and_once_it_is_mended_all_
         assert f"context {origin.context} has values that are NaN or infinite" in ranks.output()
     run_gsae(2, ["harvest", config])
     run_gsae(2, ["train", config])
-    run_gsae(2, ["train", again(harvested, tmp_path / "uninterrupted", sites=[-2])])
+    run_gsae(2, ["train", again(harvested, tmp_path / "uninterrupted", **settings)])
     assert_equal(output, tmp_path / "uninterrupted" / "runs")
 
 

@@ -48,6 +48,8 @@ def test_in_float64_a_split_dictionary_is_trained_as_a_whole_one(trained, tmp_pa
     size, settings = split(layout)
     run_gsae(size, ["train", again(trained, tmp_path, **settings)])
     assert_near(tmp_path / "runs", trained / "runs")
+    steps = [line for of_run in lines(tmp_path / "runs").values() for line in of_run if line["kind"] == "step"]
+    assert {line["is_sparse"] for line in steps} == {True, False}, "both steps were taken"
     events = [line for of_run in lines(tmp_path / "runs").values() for line in of_run if line["kind"].startswith("resampling")]
     wanted = [line for of_run in lines(trained / "runs").values() for line in of_run if line["kind"].startswith("resampling")]
     assert events == wanted
@@ -130,9 +132,20 @@ def files(output: Path, step: int) -> set[str]:
     return {path.name for run_ in find_runs(output) for path in (run_ / f"checkpoints/{step:08d}").glob("*.safetensors")}
 
 
-@pytest.mark.parametrize("ema_decay", [None, 0.95])
-def test_a_checkpoint_moves_across_all_splits(trained, tmp_path, ema_decay):
-    settings = {"sites": [1], "keep_checkpoints": 100, "ema_decay": ema_decay}
+EVENTS = {"event_fractions": [0.25, 0.5], "min_interval_rows": 1000, "dead_after_rows": 500}
+ALL_KINDS = [
+    {"objective": "gated", "expansions": [8], "lambdas": {"*": [0.9]}, "resampling": True, "learning_rate": 0.1},
+    {"objective": "relu", "expansions": [3], "lambdas": {"*": [0.2]}, "pre_activation_loss": 0.03},
+    {"objective": "gated-no-aux", "expansions": [3], "lambdas": {"*": [0.02]}},
+    {"objective": "gated-norm-weighted", "expansions": [3], "lambdas": {"*": [0.2]}},
+]
+
+
+def test_a_checkpoint_moves_across_all_splits(trained, tmp_path):
+    """Of every objective, with an average of weights, clipped gradients and micro-batches."""
+    settings = {"sites": [1], "keep_checkpoints": 100, "ema_decay": 0.95, "sweeps": ALL_KINDS, "clip_gradient_norm": 0.5}
+    settings["micro_batch_rows"] = 10
+    settings["resampling"] = {**EVENTS, "gate_bias": "median-density", "direction": "residual"}
     run_gsae(1, ["train", again(trained, tmp_path / "alone", **settings)])
     config, output = again(trained, tmp_path, **settings), tmp_path / "runs"
     shutil.copytree(tmp_path / "alone/runs", output)
@@ -147,7 +160,7 @@ def test_a_checkpoint_moves_across_all_splits(trained, tmp_path, ema_decay):
     for each in find_runs(output):
         last = checkpoints(each)[-1].path
         whole = read_sae(last).sae
-        some = read_sae(last, range(30, 41)).sae
+        some = read_sae(last, range(30, 41)).sae  # across two parts
         assert torch.equal(some.W_dec, whole.W_dec[30:41])
         assert torch.equal(some.encoder, whole.encoder[:, 30:41])
         assert torch.equal(some.b_dec, whole.b_dec)
