@@ -16,7 +16,7 @@ import json
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from statistics import mean
 from typing import Any
@@ -81,7 +81,13 @@ class Outcome:
     """Of all groups together: units done twice."""
     idle_seconds: float = 0.0
     """Of all groups together: with no task left."""
-    binds: str = "compute"
+    seconds_of: dict[str, float] = field(default_factory=dict)
+    """Of all groups together: the time by what it went for most."""
+
+    @property
+    def binds(self) -> str:
+        """What bound for longest."""
+        return max(self.seconds_of, key=self.seconds_of.__getitem__)
 
 
 @cache
@@ -132,7 +138,7 @@ def simulate(stage: Stage, failures: Iterator[float] | None = None) -> Outcome:
     take(stage.start_seconds)
     while any(groups):
         working = [group for group in groups if group is not None]
-        seconds, found.binds = unit_seconds(stage, len(working))
+        seconds, longest = unit_seconds(stage, len(working))
         ends = min(group.waits + group.left * seconds for group in working)
         span = min(ends, next_failure - clock)
         for group in working:
@@ -142,6 +148,7 @@ def simulate(stage: Stage, failures: Iterator[float] | None = None) -> Outcome:
             group.left -= done
             group.since_saved = (group.since_saved + done) % stage.saved_every
         clock += span
+        found.seconds_of[longest] = found.seconds_of.get(longest, 0.0) + span * len(working)
         found.idle_seconds += span * (stage.groups - len(working))
         if clock >= next_failure:
             for group in working:
