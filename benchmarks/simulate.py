@@ -262,7 +262,7 @@ def stages(gpus: int) -> dict[str, Any]:
         "training": f"{groups} groups of {grid.row_ranks} x {grid.feature_ranks}",
         "sent_gigabytes_per_step": grid.sent_bytes_per_step / GB,
         "evaluation_gib_per_gpu": evaluation_bytes / GIB,
-        "evaluation": f"{gpus // columns} x {columns}",
+        "evaluation": f"{gpus // columns} x {columns}" + ("" if evaluation_bytes <= value("memory") else ", does not fit"),
         "bytes_moved_terabytes": {
             "harvest": (bytes_written * gpus * harvest.units + harvest.hidden_seconds * harvest.units * value("link between nodes") * gpus)
             / 1e12,
@@ -394,7 +394,7 @@ def table(found: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield line("GiB a GPU, training", *(f"{each['training_gib_per_gpu']:.0f}" for each in found))
     yield line("GB that a GPU sends a step", *(f"{each['sent_gigabytes_per_step']:.2f}" for each in found))
     yield line("evaluation, rows x features", *(each["evaluation"] for each in found))
-    yield line("GiB a GPU, evaluation", *(f"{each['evaluation_gib_per_gpu']:.0f}" for each in found))
+    yield line("GiB a GPU, evaluation", *(f"{each['evaluation_gib_per_gpu']:.1f}" for each in found))
     for stage in ("harvest", "training", "evaluation"):
         hours = [each[f"{stage}_hours"] for each in found]
         yield line(f"{stage}, hours", *(f"{each['undisturbed']:.2f}" for each in hours))
