@@ -4,9 +4,8 @@ import json
 import random
 import shutil
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +26,20 @@ from gsae.train.checkpoint import STATE_FILE
 from gsae.train.parts import find_stretch, remove_finished_parts
 from gsae.train.plan import BankSpec, outline, plan_banks
 from gsae.verify import verify
+from gsae.world.group import Group
+
+
+class GroupOfOne(Group):
+    """A rank that works alone and needs no process group."""
+
+    def gather_objects(self, value):
+        return [value]
+
+    def broadcast_object(self, value):
+        return value
+
+
+ALONE = GroupOfOne(ranks=(0,), rank=0, device=torch.device("cpu"), process_group=None)
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +76,13 @@ def test_parts_come_again_as_the_same_store(trained):
 
 def test_a_part_that_comes_again_is_read_in_another_order(waiting, tmp_path):
     config = read_config("train", [str(copied(waiting, tmp_path))])
-    store, group = tmp_path / "runs/store", SimpleNamespace(on_first=lambda work: work(), rank=0, size=1, device=torch.device("cpu"))
+    store = tmp_path / "runs/store"
     shutil.copytree(store / "part-0000", store / "part-0003")
     shared = manifest.load(store)
     bank = plan_banks(config, outline(shared))[0]
     read = []
     for visit in (0, 3):
-        stretch = find_stretch(config, shared, bank, group, visit, first_step=100)
+        stretch = find_stretch(config, shared, bank, ALONE, visit, first_step=100)
         assert (stretch.first_step, stretch.end_step) == (100, 100 + rows_of_visit(store, visit, bank.site) // 64)
         with stretch.open_stream() as stream:
             batch = stream.next_batch()
@@ -340,9 +353,8 @@ class FakeStream:
 def test_training_and_candidates_are_read_from_the_place_in_the_present_part():
     stream = FakeStream()
     stretch = Stretch(lambda: stream, first_step=70, end_step=90, visit=1, is_part=True)
-    group = SimpleNamespace(together=nullcontext, size=1, device=torch.device("cpu"))
     spec = BankSpec("resid.1", (), scale=1.0, batch_rows=64, total_steps=250)
-    bank = Bank(spec, TrainConfig(), group, stretch, runs=[], variance=1.0, step=75)
+    bank = Bank(spec, TrainConfig(), ALONE, stretch, runs=[], variance=1.0, step=75)
     train(bank, [])
     list(fresh_rows(bank, 0))
     assert stream.sought == [5 * 64, 5 * 64]
