@@ -202,6 +202,8 @@ def _plan(words: list[str]) -> int:
     parser.add_argument("--rows-per-second", type=_positive(float), metavar="X", help=rows)
     link = "10^9 bytes a second that a rank sends to another of its group; adds communication to the hours of training"
     parser.add_argument("--link-gigabytes-per-second", type=_positive(float), metavar="X", help=link)
+    disk = "10^9 bytes a second that the store's disk gives to all ranks together; with --rows-per-second it decides who reads"
+    parser.add_argument("--disk-gigabytes-per-second", type=_positive(float), metavar="X", help=disk)
     memory = "GiB that each rank has where it computes; default: what is free on this machine"
     parser.add_argument("--memory-gibibytes", type=_positive(float), metavar="X", help=memory)
     parser.add_argument("--slurm", action="store_true", help="suggest Slurm jobs too, as lines to type")
@@ -218,9 +220,12 @@ def _plan(words: list[str]) -> int:
     from gsae.plan.budget import Assumptions
     from gsae.plan.run import Submission, run_plan
 
-    link_rate = None if given.link_gigabytes_per_second is None else 1e9 * given.link_gigabytes_per_second
+    link_rate, disk_rate = (
+        None if gigabytes is None else 1e9 * gigabytes for gigabytes in (given.link_gigabytes_per_second, given.disk_gigabytes_per_second)
+    )
     memory_bytes = None if given.memory_gibibytes is None else round(given.memory_gibibytes * 2**30)
-    assumptions = Assumptions(given.ranks, given.tokens_per_second, given.rows_per_second, link_rate, memory_bytes, measure=given.measure)
+    speeds = given.tokens_per_second, given.rows_per_second, link_rate, disk_rate
+    assumptions = Assumptions(given.ranks, *speeds, memory_bytes, measure=given.measure)
     run_plan(config, assumptions, as_json=given.json, submission=Submission(rest, given.gpus_per_node) if given.slurm else None)
     return 0
 

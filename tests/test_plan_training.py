@@ -18,7 +18,7 @@ from gsae import world
 from gsae.config import Config, SweepConfig, TrainConfig
 from gsae.plan.budget import Assumptions, budget
 from gsae.plan.communication import Communication, sent_bytes
-from gsae.plan.disk import checkpoint_bytes, num_parameters
+from gsae.plan.disk import checkpoint_bytes, num_parameters, row_bytes
 from gsae.plan.grid import train_bytes
 from gsae.plan.limits import warnings
 from gsae.plan.memory import part_parameters, snapshot_bytes, state_bytes, step_bytes
@@ -285,6 +285,29 @@ def test_the_readers_of_a_grid_are_shown_with_both_ways(pipeline, capsys):
         assert run(str(pipeline), "--ranks", "4", "--train.feature_ranks", "2", "--train.shared_reads", shared) == 0
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("readers")]
         assert line.split("readers")[1].strip().startswith(first)
+
+
+def test_each_rank_is_to_read_if_the_disk_gives_enough(pipeline, capsys):
+    """Two groups of 2 x 2 ranks at 1000 rows/s take 2000 rows a second together, or twice as many."""
+    words = [str(pipeline), "--ranks", "8", "--train.groups", "2", "--train.feature_ranks", "2", "--rows-per-second", "1000"]
+    taken = 2 * 1000 * row_bytes(16, "bfloat16")
+    for share, shared, advice in (
+        (1.9, "true", None),
+        (2.0, "true", "train.shared_reads false instead of true: the disk gives enough"),
+        (1.9, "false", "train.shared_reads true instead of false: the disk gives less"),
+        (2.0, "false", None),
+        (None, "true", None),
+        (None, "false", "train.shared_reads true instead of false: nothing says"),
+    ):
+        disk = [] if share is None else ["--disk-gigabytes-per-second", str(share * taken / 1e9)]
+        assert run(*words, *disk, "--train.shared_reads", shared, "--json") == 0
+        told = json.loads(capsys.readouterr().out)["train"]["readers"]
+        rates = {way["shared_reads"]: way["disk_bytes_per_second"] for way in (told["configured"], told["other"])}
+        assert rates == {True: taken, False: 2 * taken}
+        assert run(*words, *disk, "--train.shared_reads", shared) == 0
+        said = [line.split("advice")[1].strip() for line in capsys.readouterr().out.splitlines() if "advice" in line]
+        said = [line for line in said if "shared_reads" in line]
+        assert said == [] if advice is None else said[0].startswith(advice)
 
 
 # groups

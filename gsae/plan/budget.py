@@ -31,6 +31,8 @@ class Assumptions:
     """Of the stream that a group trains all runs of a site from, as `gsae train` shows it."""
     link_bytes_per_second: float | None = None
     """That a rank sends to another of its group."""
+    disk_bytes_per_second: float | None = None
+    """That the store's disk gives to all ranks together."""
     memory_bytes: int | None = None
     """That each rank has where it computes; None takes what is free here."""
     measure: bool = False
@@ -103,7 +105,8 @@ def budget(config: Config, assumptions: Assumptions) -> Budget:
     store = store_size(config, list(layers), shape.d_model, text)
     machine = this_machine(config)
     free = assumptions.memory_bytes or machine.free_bytes_per_rank(assumptions.ranks)
-    rates = TrainingRates(assumptions.ranks, assumptions.rows_per_second, free, assumptions.link_bytes_per_second)
+    links = assumptions.link_bytes_per_second, assumptions.disk_bytes_per_second
+    rates = TrainingRates(assumptions.ranks, assumptions.rows_per_second, free, *links)
     sae_bytes = _sae_bytes(config, banks)
     llm = llm_needs(config, shape, sites[-1].layer, len(sites), assumptions.ranks, sae_bytes)
     train = training_needs(config, banks, store, rates, llm.evaluation_bytes_per_rank - sae_bytes)

@@ -128,7 +128,9 @@ def _train(config: Config, found: Budget) -> Iterator[str]:
     if machine.gpu_free_bytes:
         here = machine.ranks_here(found.llm.ranks)
         first_ranks = -(-here // train.ranks_per_group)
-        readers = -(-here * train.window_readers_per_group // train.ranks_per_group)
+        readers = -(-here * train.readers.configured.ranks_per_group // train.ranks_per_group)
+        if train.readers.other.ranks_per_group < train.readers.configured.ranks_per_group:
+            windows = f"set train.shared_reads true, or {windows}"
         in_host = {windows: readers * train.window_bytes_per_rank, fewer: first_ranks * train.snapshot_bytes_per_group}
         needed = sum(in_host.values())
         if needed > machine.host_free_bytes:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from gsae.plan.budget import Budget
+from gsae.plan.readers import Readers
 from gsae.plan.training import TrainingNeeds
 from gsae.plan.units import counted, gib, hours
 
@@ -142,21 +143,32 @@ def _grids(found: Budget) -> Iterator[Line]:
         why = f"sends least of those that fit {room}" if chosen.fits else f"needs least memory; none fits {room}"
         yield "advice", f"train.feature_ranks {chosen.feature_ranks} {why} a rank"
     if train.feature_ranks > 1:
-        yield "readers", _readers(train)
+        yield from _readers(train)
 
 
-def _readers(train: TrainingNeeds) -> str:
-    """What train.shared_reads costs, and what the other choice would."""
-    rows, all_ranks = train.ranks_per_group // train.feature_ranks, train.ranks_per_group
-    once, each = (gib(readers * train.window_bytes_per_rank) for readers in (rows, all_ranks))
-    sent = gib(train.shared_row_bytes_per_step)
-    ways = {
-        "true": f"{counted(rows, 'rank')} of a group read, with windows of {once} in all, and send {sent} a step to the others of a row",
-        "false": f"all {all_ranks} read {train.feature_ranks} times the bytes, with windows of {each} in all",
-    }
-    chosen = "true" if train.window_readers_per_group < all_ranks else "false"
-    other = "false" if chosen == "true" else "true"
-    return f"{ways[chosen]}; with train.shared_reads {other}: {ways[other]}"
+def _readers(train: TrainingNeeds) -> Iterator[Line]:
+    """What train.shared_reads costs, what the other choice would, and the better one."""
+    told = train.readers
+    set_to, other = (str(way.shared_reads).lower() for way in (told.configured, told.other))
+    yield "readers", f"{_way(train, told.configured)}; with train.shared_reads {other}: {_way(train, told.other)}"
+    if told.chosen == told.configured:
+        return
+    if told.chosen.shared_reads:
+        known = told.given_disk_bytes_per_second is not None and told.configured.disk_bytes_per_second is not None
+        why = "the disk gives less than all of them take" if known else "nothing says that the disk gives so much"
+    else:
+        why = "the disk gives enough for all of them, and nothing need be sent"
+    yield "advice", f"train.shared_reads {other} instead of {set_to}: {why}"
+
+
+def _way(train: TrainingNeeds, way: Readers) -> str:
+    """What is read, sent and kept in windows."""
+    windows = f"windows of {gib(way.ranks_per_group * train.window_bytes_per_rank)} in all"
+    rate = "" if way.disk_bytes_per_second is None else f", {way.disk_bytes_per_second / 1e9:,.3g} GB/s of the store"
+    if way.shared_reads:
+        sent = f"send {gib(way.sent_bytes_per_step)} a step to the others of a row"
+        return f"{counted(way.ranks_per_group, 'rank')} of a group read, with {windows}{rate}, and {sent}"
+    return f"all {way.ranks_per_group} read {train.feature_ranks} times the bytes, with {windows}{rate}"
 
 
 def _groups(found: Budget) -> Iterator[Line]:

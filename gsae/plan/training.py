@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gsae.config import Config
-from gsae.plan.communication import Communication, communication, row_bytes_per_step
+from gsae.plan.communication import Communication, communication
 from gsae.plan.disk import StoreSize, num_parameters, row_bytes
 from gsae.plan.grid import Grids, find_grids
 from gsae.plan.memory import part_parameters, snapshot_bytes, state_bytes, step_bytes
 from gsae.plan.pilots import PilotNeeds, pilot_needs
 from gsae.plan.queue import Queue, plan_queue
+from gsae.plan.readers import ReaderChoice, choose_readers
 from gsae.train.plan import BankSpec, by_site
 
 WINDOWS = 2
@@ -27,6 +28,8 @@ class TrainingRates:
     """Memory where a rank computes."""
     link_bytes_per_second: float | None
     """That a rank sends to another while it receives as much. With it, communication is added to the time."""
+    disk_bytes_per_second: float | None
+    """That the store's disk gives to all ranks together."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,8 @@ class TrainingNeeds:
     """The whole LLM and a batch of it, for evaluations while training goes on; 0 without them."""
     window_bytes_per_rank: int
     """Rows that are shuffled, in the host's memory of a rank that reads."""
-    window_readers_per_group: int
+    readers: ReaderChoice
     """Ranks that read: all, or one of those that see the same rows."""
-    shared_row_bytes_per_step: int
-    """That such a rank sends to the others, with train.shared_reads."""
     snapshot_bytes_per_group: int
     """A checkpoint of a bank's runs on its way to the disk, in the host's memory of the group's first rank, or of its first
     feature_ranks."""
@@ -129,9 +130,8 @@ def training_needs(
         probe_bytes_per_rank=probe,
         window_bytes_per_rank=WINDOWS * window,
         snapshot_bytes_per_group=max(snapshot_bytes(train, bank.runs, size) for bank, size in zip(banks, parameters, strict=True)),
-        shared_row_bytes_per_step=row_bytes_per_step(config, largest, rows),
         feature_ranks=columns,
-        window_readers_per_group=row_ranks if train.shared_reads else ranks_a_group,
+        readers=choose_readers(config, largest, ranks_a_group, rates.rows_per_second, rates.disk_bytes_per_second),
         grids=find_grids(config, banks, ranks_a_group, rates.free_bytes_per_rank - probe, rates.link_bytes_per_second),
         communication=communication(config, largest, ranks_a_group, rates.link_bytes_per_second),
         queue=_queue(config, banks, pilots, rates),
