@@ -18,20 +18,22 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from transformers import LlamaConfig
 
-from gsae.config import Config, CorpusConfig, HarvestConfig, LLMConfig, SweepConfig, TrainConfig
+from gsae.config import Config, LLMConfig
 from gsae.plan.communication import communication
 from gsae.plan.disk import checkpoint_bytes, row_bytes
 from gsae.plan.grid import Grid, find_grids
 from gsae.plan.llm import llm_needs, read_shape
 from gsae.plan.memory import part_parameters
+from gsae.settings import read_config
 from gsae.train.chores import checkpoint_interval
-from gsae.train.plan import BankSpec, RunSpec
+from gsae.train.plan import BankSpec, StoreOutline, plan_banks
 
 GB, GIB, HOUR = 1e9, 2**30, 3600
 DRAWS = 20
@@ -199,8 +201,8 @@ INPUTS = {
     "L0": Figure(64.0, "features on a row", "assumed"),
 }
 GPUS_PER_NODE = 8
-SITES, ROWS, NUM_FEATURES, BATCH_ROWS = 10, 10**9, 2**20, 16_384
-HELD_OUT_TOKENS = 1_000_000
+SITES, ROWS, NUM_FEATURES, HELD_OUT_TOKENS = 10, 10**9, 2**20, 10**6
+"""As in the config."""
 LLAMA_2_70B = LlamaConfig(
     hidden_size=8192,
     intermediate_size=28_672,
@@ -218,21 +220,13 @@ def value(name: str) -> float:
     return INPUTS[name].value
 
 
-def large_config(num_lanes: int) -> Config:
-    """One gated run with resampling at each site, rows stored as int8."""
-    sweep = SweepConfig("gated", lambdas={"*": [0.15]}, expansions=[NUM_FEATURES / LLAMA_2_70B.hidden_size], resampling=True)
-    return Config(
-        corpus=CorpusConfig(num_lanes=num_lanes),
-        llm=LLMConfig(dtype="bfloat16", sharding="zero3"),
-        harvest=HarvestConfig(context_length=1024, batch_contexts=8, contexts_per_shard=64, storage_dtype="int8"),
-        train=TrainConfig(total_rows=ROWS, batch_rows=BATCH_ROWS, window_rows=2**20, products="bfloat16", sweeps=[sweep]),
-    )
+CONFIG = Path(__file__).parents[1] / "configs/llama2_70b_million.yaml"
+"""One gated run with resampling at each of ten sites, rows stored as int8."""
 
 
 def bank_of(config: Config) -> BankSpec:
     """The run of one site."""
-    spec = RunSpec("gated", "resid.40", 40, "gated", True, 0.0, LLAMA_2_70B.hidden_size, NUM_FEATURES, 0.15, 0, 3e-4)
-    return BankSpec("resid.40", (spec,), 1.0, config.train.batch_rows, -(-config.train.total_rows // config.train.batch_rows))
+    return plan_banks(config, StoreOutline(LLAMA_2_70B.num_hidden_layers, LLAMA_2_70B.hidden_size, {"resid.42": 42}, {"resid.42": 1.0}))[0]
 
 
 def step_seconds(rows: int, num_features: int) -> float:
@@ -248,16 +242,17 @@ def step_seconds(rows: int, num_features: int) -> float:
 
 def stages(gpus: int) -> dict[str, Any]:
     """What `gsae plan`'s figures and the simulation say for so many GPUs."""
-    config = large_config(num_lanes=max(64, gpus))
+    config = read_config("plan", [str(CONFIG), "--corpus.num_lanes", str(max(64, gpus))])
     bank, failure = bank_of(config), 1 / (gpus / value("failures") + 1 / value("preemptions"))
     disk_rate = value("disk") * gpus
     groups, grid, training = best_training(config, bank, gpus, disk_rate)
+    in_groups = replace(config, train=replace(config.train, groups=groups))
     harvest, bytes_written = harvest_stage(config, gpus, disk_rate)
     evaluation, columns, evaluation_bytes = evaluation_stage(config, bank, gpus)
     found: dict[str, Any] = {
         "gpus": gpus,
         "store_terabytes": SITES * ROWS * (row_bytes(LLAMA_2_70B.hidden_size, "int8") + 12) / 1e12,
-        "checkpoint_terabytes": SITES * checkpoint_bytes(config, [bank]) / 1e12,
+        "checkpoint_terabytes": checkpoint_bytes(in_groups, [replace(bank, site=f"resid.{site}") for site in range(SITES)]) / 1e12,
         "training_gib_per_gpu": grid.device_bytes_per_rank / GIB,
         "training": f"{groups} groups of {grid.row_ranks} x {grid.feature_ranks}",
         "sent_gigabytes_per_step": grid.sent_bytes_per_step / GB,
@@ -345,11 +340,11 @@ def evaluation_stage(config: Config, bank: BankSpec, gpus: int) -> tuple[Stage, 
     columns = 1
     while True:
         sae_bytes = SITES * 4 * part_parameters(bank.runs[0], columns)
-        needs = llm_needs(replace(config, evaluate=replace(config.evaluate, batch_contexts=2)), shape(), 78, SITES, gpus, sae_bytes)
+        needs = llm_needs(config, shape(), 78, SITES, gpus, sae_bytes)
         if needs.evaluation_bytes_per_rank <= value("memory") or columns * 2 > gpus:
             break
         columns *= 2
-    tokens = 2 * config.harvest.context_length
+    tokens = config.evaluate.batch_contexts * config.harvest.context_length
     ways = 1 + 3 * SITES / 2  # sites stand half-way up on average
     compute = 2 * needs.parameters * tokens * ways / (value("LLM utilisation") * 989e12)
     compute += SITES * 4 * tokens * LLAMA_2_70B.hidden_size * NUM_FEATURES / columns / value("product rate")

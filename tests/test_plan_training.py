@@ -173,6 +173,13 @@ def test_as_many_checkpoints_are_planned_as_are_kept(tmp_path_factory, steps, fr
     assert checkpoint_bytes(replace(Config(), train=train), [BankSpec("", (spec,), 1.0, 1, steps)]) == 3 * 4 * 4 * (kept + 1)
 
 
+def test_a_group_without_a_site_writes_no_checkpoint():
+    spec = RunSpec("", "", 1, "gated", False, 0.0, 1, 1, 0.1, 0, 1e-2)
+    banks = [BankSpec(site, (spec,), 1.0, 1, 100) for site in ("resid.1", "resid.2")]
+    one, two, three = (checkpoint_bytes(Config(train=TrainConfig(groups=groups)), banks) for groups in (1, 2, 3))
+    assert one < two == three
+
+
 # communication
 
 

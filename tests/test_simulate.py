@@ -7,7 +7,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from simulate import Stage, largest_of, simulate, unit_seconds
+from simulate import CONFIG, HELD_OUT_TOKENS, NUM_FEATURES, ROWS, SITES, Stage, bank_of, largest_of, simulate, unit_seconds
+
+from gsae.settings import read_config
 
 PLAIN = Stage(tasks=3, groups=2, units=100, compute_seconds=1.0, start_seconds=10.0, saved_every=20)
 
@@ -40,3 +42,13 @@ def test_ranks_wait_for_the_slowest_and_tell_each_other():
     assert unit_seconds(stage, 1)[0] == pytest.approx(2 * (1 + 0.1 * largest_of(2)) + 0.5 + 0.25)
     hidden = Stage(1, 1, 1, compute_seconds=2.0, hidden_seconds=3.0, save_seconds=5.0, saved_every=10)
     assert unit_seconds(hidden, 1) == (3.5, "network")
+
+
+def test_its_constants_are_those_of_the_config():
+    config = read_config("plan", [str(CONFIG)])
+    assert len(config.harvest.sites) == SITES
+    assert (config.train.total_rows, config.evaluate.max_tokens, bank_of(config).runs[0].num_features) == (
+        ROWS,
+        HELD_OUT_TOKENS,
+        NUM_FEATURES,
+    )

@@ -10,7 +10,7 @@ from gsae.config import Config, TrainConfig
 from gsae.corpus.size import PARTS_AT_ONCE
 from gsae.plan.text import TrainingText
 from gsae.train.chores import checkpoint_interval
-from gsae.train.plan import BankSpec, RunSpec
+from gsae.train.plan import BankSpec, RunSpec, by_site
 
 NUMBER_BYTES = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 COLUMNS = ("document", "position", "token")
@@ -147,10 +147,10 @@ def num_parameters(run: RunSpec) -> int:
 
 
 def checkpoint_bytes(config: Config, banks: Sequence[BankSpec]) -> int:
-    """Bytes of the checkpoints that all runs keep, and of the one more that a bank writes before it deletes the oldest."""
+    """Bytes of the checkpoints that all runs keep, and of the one more that a bank in training writes before it deletes the oldest."""
     copies = CHECKPOINT_COPIES + (0 if config.train.ema_decay is None else AVERAGE_COPIES)
     sizes = [copies * NUMBER_BYTES[config.train.dtype] * sum(map(num_parameters, bank.runs)) for bank in banks]
-    return _kept_checkpoints(config.train, banks[0].total_steps) * sum(sizes) + config.train.groups * max(sizes)
+    return _kept_checkpoints(config.train, banks[0].total_steps) * sum(sizes) + min(config.train.groups, len(by_site(banks))) * max(sizes)
 
 
 def _kept_checkpoints(train: TrainConfig, total_steps: int) -> int:
