@@ -424,3 +424,26 @@ def test_without_gpus_the_host_holds_all(pipeline, monkeypatch):
 
     assert complaints(needed) == []
     assert len(complaints(needed - 4)) == 1
+
+
+def test_memory_that_is_given_is_that_of_gpus_which_hold_no_windows(pipeline):
+    """Unless `device: cpu` says that ranks compute where the windows are."""
+    needed = budget(read_config("plan", [str(pipeline)]), Assumptions()).train.device_bytes_per_rank
+    for device, fits in (("auto", True), ("cpu", False)):
+        config = read_config("plan", [str(pipeline), "--device", device])
+        said = [line for line in warnings(config, budget(config, Assumptions(memory_bytes=needed))) if line.startswith("training")]
+        assert (said == []) == fits, said
+        assert all("--memory-gibibytes gives " in line for line in said)
+
+
+def test_an_evaluation_that_does_not_fit_is_told_how_to_split_the_dictionaries(pipeline):
+    sweeps = json.dumps([{"objective": "gated", "expansions": [1024], "lambdas": {"*": [0.9]}}])
+    words = [str(pipeline), "--device", "auto", "--train.sweeps", sweeps]
+    config = read_config("plan", words)
+    whole = budget(config, Assumptions(ranks=4)).llm.evaluation_bytes_per_rank
+    halves = budget(read_config("plan", [*words, "--train.feature_ranks", "2"]), Assumptions(ranks=4)).llm.evaluation_bytes_per_rank
+    for free, cure in ((whole - 1, 2), (halves, 2), (halves - 1, 4)):
+        (line,) = [each for each in warnings(config, budget(config, Assumptions(ranks=4, memory_bytes=free))) if "evaluation" in each]
+        assert f"evaluate with --train.feature_ranks {cure}, " in line
+    (line,) = [each for each in warnings(config, budget(config, Assumptions(ranks=4, memory_bytes=1))) if "evaluation" in each]
+    assert "feature_ranks" not in line

@@ -87,6 +87,11 @@ class Budget:
     machine: Machine
     free_bytes_per_rank: int
     """Where it computes: as assumed, or here."""
+    is_assumed: bool
+    """Whether that is as given, for other machines than this one."""
+    evaluation_feature_ranks: int | None
+    """The fewest ranks that must share the features so that an evaluation of all runs fits that; None where none do."""
+    computes_on_gpus: bool
     text: TrainingText
     shape: Shape
 
@@ -107,7 +112,7 @@ def budget(config: Config, assumptions: Assumptions) -> Budget:
     free = assumptions.memory_bytes or machine.free_bytes_per_rank(assumptions.ranks)
     links = assumptions.link_bytes_per_second, assumptions.disk_bytes_per_second
     rates = TrainingRates(assumptions.ranks, assumptions.rows_per_second, free, *links)
-    sae_bytes = _sae_bytes(config, banks)
+    sae_bytes = _sae_bytes(config, banks, config.train.feature_ranks)
     llm = llm_needs(config, shape, sites[-1].layer, len(sites), assumptions.ranks, sae_bytes)
     train = training_needs(config, banks, store, rates, llm.evaluation_bytes_per_rank - sae_bytes)
     return Budget(
@@ -118,6 +123,11 @@ def budget(config: Config, assumptions: Assumptions) -> Budget:
         train=train,
         machine=machine,
         free_bytes_per_rank=free,
+        evaluation_feature_ranks=_smallest_evaluation_split(
+            config, banks, assumptions.ranks, free - llm.evaluation_bytes_per_rank + sae_bytes
+        ),
+        is_assumed=assumptions.memory_bytes is not None,
+        computes_on_gpus=bool(machine.gpu_free_bytes) or (assumptions.memory_bytes is not None and config.device != "cpu"),
         text=text,
         shape=shape,
     )
@@ -155,7 +165,15 @@ def _disk(config: Config, banks: list[BankSpec]) -> Disk:
     return Disk(free_bytes(store), free_bytes(output), on_one_disk(store, output), checkpoint_bytes(config, banks))
 
 
-def _sae_bytes(config: Config, banks: list[BankSpec]) -> int:
-    """Bytes of the SAEs of all runs, which an evaluation holds together: of a rank's parts of them, where features are split."""
-    columns = config.train.feature_ranks
+def _smallest_evaluation_split(config: Config, banks: list[BankSpec], ranks: int, free_bytes: int) -> int | None:
+    """The fewest ranks that must share the SAEs' features so that these fit so many bytes of each; None where none do."""
+    for columns in range(1, ranks + 1):
+        is_even = ranks % columns == 0 and all(run.num_features % columns == 0 for bank in banks for run in bank.runs)
+        if is_even and _sae_bytes(config, banks, columns) <= free_bytes:
+            return columns
+    return None
+
+
+def _sae_bytes(config: Config, banks: list[BankSpec], columns: int) -> int:
+    """Bytes of the SAEs of all runs, which an evaluation holds together: of a rank's parts, where so many ranks share their features."""
     return NUMBER_BYTES[config.train.dtype] * sum(part_parameters(run, columns) for bank in banks for run in bank.runs)

@@ -80,10 +80,8 @@ def _harvest(config: Config, found: Budget) -> Iterator[str]:
     llm, machine = found.llm, found.machine
     free = found.free_bytes_per_rank
     if llm.harvest_bytes_per_rank > free:
-        cures = ", ".join([*_llm_cures(config, found, free), f"or take {'GPUs' if machine.gpu_free_bytes else 'a host'} with more memory"])
-        yield (
-            f"the LLM will not fit for the harvest: {gib(llm.harvest_bytes_per_rank)} a rank, {gib(free)} are free {_place(found)}; {cures}"
-        )
+        cures = ", ".join([*_llm_cures(config, found, free), f"or take {'GPUs' if found.computes_on_gpus else 'a host'} with more memory"])
+        yield f"the LLM will not fit for the harvest: {gib(llm.harvest_bytes_per_rank)} a rank, {_free(found)}; {cures}"
     in_host = llm.share_bytes_zero3 * machine.ranks_here(llm.ranks)
     if config.llm.offload and machine.gpu_free_bytes and in_host > machine.host_free_bytes:
         free_there = gib(machine.host_free_bytes)
@@ -98,7 +96,7 @@ def _llm_cures(config: Config, found: Budget, free: int) -> Iterator[str]:
         yield f"set harvest.batch_contexts {(free - held) // per_context} or less"
     if llm.sharding == "replicate" and llm.bytes_per_rank_zero3 + llm.activation_bytes <= free:
         yield "set --llm.sharding zero3"
-    elif found.machine.gpu_free_bytes:
+    elif found.computes_on_gpus:
         yield from _sharding_cures(config, found, free)
     elif llm.sharding == "replicate" and llm.harvest_bytes_per_rank <= found.machine.host_free_bytes:
         yield f"start {found.machine.host_free_bytes // llm.harvest_bytes_per_rank} ranks or fewer"
@@ -125,7 +123,7 @@ def _train(config: Config, found: Budget) -> Iterator[str]:
     windows, snapshot = f"lower train.window_rows ({config.train.window_rows})", train.snapshot_bytes_per_rank
     on_device = {"lower train.micro_batch_rows": train.features_bytes_per_rank, fewer: train.state_bytes_per_rank}
     on_device["leave out train.evaluate_every_fraction"] = train.probe_bytes_per_rank
-    if machine.gpu_free_bytes:
+    if found.computes_on_gpus and not found.is_assumed:
         here = machine.ranks_here(found.llm.ranks)
         first_ranks = -(-here // train.ranks_per_group)
         readers = -(-here * train.readers.configured.ranks_per_group // train.ranks_per_group)
@@ -138,7 +136,7 @@ def _train(config: Config, found: Budget) -> Iterator[str]:
                 f"the windows and checkpoints of training will not fit: {gib(needed)} on this host, {gib(machine.host_free_bytes)} are "
                 f"free; {_largest_first(in_host)}"
             )
-    else:
+    elif not found.computes_on_gpus:
         on_device[fewer] += snapshot
         on_device[windows] = train.window_bytes_per_rank
     needed = sum(on_device.values())
@@ -146,7 +144,7 @@ def _train(config: Config, found: Budget) -> Iterator[str]:
         grid = None if train.grids is None else train.grids.chosen
         is_cure = grid is not None and grid.fits and grid.feature_ranks != train.feature_ranks
         split = f"set train.feature_ranks {grid.feature_ranks}, or " if grid is not None and is_cure else ""
-        yield f"training will not fit: {gib(needed)} a rank, {gib(free)} are free {_place(found)}; {split}{_largest_first(on_device)}"
+        yield f"training will not fit: {gib(needed)} a rank, {_free(found)}; {split}{_largest_first(on_device)}"
 
 
 def _largest_first(cures: dict[str, int]) -> str:
@@ -158,16 +156,24 @@ def _largest_first(cures: dict[str, int]) -> str:
 def _evaluation(config: Config, found: Budget) -> Iterator[str]:
     needed, free = found.llm.evaluation_bytes_per_rank, found.free_bytes_per_rank
     if needed > free:
-        batch = f"lower evaluate.batch_contexts ({config.evaluate.batch_contexts})"
+        cures = [f"lower evaluate.batch_contexts ({config.evaluate.batch_contexts})"]
+        if found.evaluation_feature_ranks is not None:
+            cures.insert(0, f"evaluate with --train.feature_ranks {found.evaluation_feature_ranks}")
+        if not found.computes_on_gpus:
+            cures.append("start fewer ranks a host")
         yield (
-            f"the evaluation will not fit: it holds the LLM whole on each rank, {gib(needed)}, {gib(free)} are free {_place(found)}; "
-            f"{batch}, start fewer ranks a host, or evaluate where there is more memory"
+            f"the evaluation will not fit: it holds the LLM whole on each rank, {gib(needed)}, {_free(found)}; "
+            f"{', '.join(cures)}, or evaluate where there is more memory"
         )
     elif found.llm.sharding == "zero3":
         yield "the evaluation holds the LLM whole on each rank; run it with --llm.sharding replicate"
 
 
-def _place(found: Budget) -> str:
-    if found.machine.gpu_free_bytes:
-        return "on a GPU of this host"
-    return "on this host" if found.llm.ranks == 1 else f"here for each of {found.llm.ranks} ranks"
+def _free(found: Budget) -> str:
+    """What a rank has where it computes."""
+    free = gib(found.free_bytes_per_rank)
+    if found.is_assumed:
+        return f"--memory-gibibytes gives {free}"
+    if found.computes_on_gpus:
+        return f"{free} are free on a GPU of this host"
+    return f"{free} are free " + ("on this host" if found.llm.ranks == 1 else f"here for each of {found.llm.ranks} ranks")

@@ -165,6 +165,7 @@ def test_a_checkpoint_moves_across_all_splits(trained, tmp_path):
         parts = grid["feature_ranks"]
         assert len(files(output, 200)) == 2 * parts
     assert_near(output, tmp_path / "alone/runs")
+    assert_lines_near(output, tmp_path / "alone/runs")
     assert [len(files(output, step)) for step in (40, 80, 120, 160, 180, 200)] == [2, 4, 4, 8, 2, 8]
     for each in find_runs(output):
         last = checkpoints(each)[-1].path
