@@ -31,13 +31,13 @@ def again(trained: Path, folder: Path, **train) -> Path:
     return write_config(folder / "config.yaml", settings)
 
 
-def final_states(output: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """All tensors of the last checkpoint of each run, whatever parts they are in."""
+def final_states(output: Path, step: int | None = None) -> dict[str, dict[str, torch.Tensor]]:
+    """All tensors of the last checkpoint of each run, or of the one of a step, whatever parts they are in."""
     states = {}
     for run in find_runs(output):
-        last = checkpoints(run)[-1].path
-        assert damage(last) == []
-        states[str(run.relative_to(output))] = whole(last, "sae") | whole(last, "state")
+        path = checkpoints(run)[-1].path if step is None else run / "checkpoints" / f"{step:08d}"
+        assert damage(path) == []
+        states[str(run.relative_to(output))] = whole(path, "sae") | whole(path, "state")
     return states
 
 
@@ -71,9 +71,9 @@ def assert_equal(output: Path, expected: Path) -> None:
     assert lines(output) == lines(expected)
 
 
-def assert_near(output: Path, expected: Path) -> None:
+def assert_near(output: Path, expected: Path, step: int | None = None) -> None:
     """Weights and optimizer state within 1e-9, counters equal."""
-    states, wanted = final_states(output), final_states(expected)
+    states, wanted = final_states(output, step), final_states(expected, step)
     assert states.keys() == wanted.keys()
     for run, tensors in wanted.items():
         for name, tensor in tensors.items():

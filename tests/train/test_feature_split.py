@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import gsae, run, run_gsae, started
-from trained_runs import again, assert_equal, assert_near, lines, train_small
+from trained_runs import again, assert_equal, assert_near, final_states, lines, train_small
 
 from gsae.config import Config, SweepConfig, TrainConfig
 from gsae.plan.communication import DECODES, communication, feature_bytes
@@ -143,7 +143,7 @@ def files(output: Path, step: int) -> set[str]:
 
 EVENTS = {"event_fractions": [0.25, 0.5], "min_interval_rows": 1000, "dead_after_rows": 500}
 ALL_KINDS = [
-    {"objective": "gated", "expansions": [8], "lambdas": {"*": [0.9]}, "resampling": True, "learning_rate": 0.1},
+    {"objective": "gated", "expansions": [8], "lambdas": {"*": [0.4]}, "resampling": True, "learning_rate": 0.05},
     {"objective": "relu", "expansions": [3], "lambdas": {"*": [0.2]}, "pre_activation_loss": 0.03},
     {"objective": "gated-no-aux", "expansions": [3], "lambdas": {"*": [0.02]}},
     {"objective": "gated-norm-weighted", "expansions": [3], "lambdas": {"*": [0.2]}},
@@ -156,6 +156,9 @@ def test_a_checkpoint_moves_across_all_splits(trained, tmp_path):
     settings["micro_batch_rows"] = 40
     settings["resampling"] = {**EVENTS, "gate_bias": "median-density", "direction": "residual"}
     run_gsae(1, ["train", again(trained, tmp_path / "alone", **settings)])
+    logged = [line for of_run in lines(tmp_path / "alone/runs").values() for line in of_run]
+    assert not any(line["kind"] == "stopped" for line in logged)
+    assert sum(line["resampled"] for line in logged if line["kind"] == "resampling") > 20
     config, output = again(trained, tmp_path, **settings), tmp_path / "runs"
     shutil.copytree(tmp_path / "alone/runs", output)
     for until, layout in ((40, "1x2"), (80, "2x2"), (120, "1x4"), (160, "1x1"), (180, "1x4")):
@@ -164,7 +167,10 @@ def test_a_checkpoint_moves_across_all_splits(trained, tmp_path):
         run_gsae(size, ["train", config, "--train.feature_ranks", grid["feature_ranks"]])
         parts = grid["feature_ranks"]
         assert len(files(output, 200)) == 2 * parts
-    assert_near(output, tmp_path / "alone/runs")
+    for step in (40, 80, 120, 160, 180, 200):
+        assert_near(output, tmp_path / "alone/runs", step)
+    resampled = [state["resampled"] for state in final_states(output, 120).values()]
+    assert max(map(max, filter(len, resampled))) >= 64, "features of the second part"
     assert_lines_near(output, tmp_path / "alone/runs")
     assert [len(files(output, step)) for step in (40, 80, 120, 160, 180, 200)] == [2, 4, 4, 8, 2, 8]
     for each in find_runs(output):
