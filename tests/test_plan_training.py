@@ -288,7 +288,7 @@ def test_features_are_split_where_they_are_more_than_rows(pipeline):
 
 
 def test_the_readers_of_a_grid_are_shown_with_both_ways(pipeline, capsys):
-    for shared, first in (("true", "2 ranks of a group read"), ("false", "all 4 read 2 times the bytes")):
+    for shared, first in (("true", "one rank of 2 reads, "), ("false", "each reads, 2 times the bytes, ")):
         assert run(str(pipeline), "--ranks", "4", "--train.feature_ranks", "2", "--train.shared_reads", shared) == 0
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("readers")]
         assert line.split("readers")[1].strip().startswith(first)

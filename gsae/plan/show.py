@@ -166,9 +166,9 @@ def _way(train: TrainingNeeds, way: Readers) -> str:
     windows = f"windows of {gib(way.ranks_per_group * train.window_bytes_per_rank)} in all"
     rate = "" if way.disk_bytes_per_second is None else f", {way.disk_bytes_per_second / 1e9:,.3g} GB/s of the store"
     if way.shared_reads:
-        sent = f"send {gib(way.sent_bytes_per_step)} a step to the others of a row"
-        return f"{counted(way.ranks_per_group, 'rank')} of a group read, with {windows}{rate}, and {sent}"
-    return f"all {way.ranks_per_group} read {train.feature_ranks} times the bytes, with {windows}{rate}"
+        sent = f"sends {gib(way.sent_bytes_per_step)} a step to the others"
+        return f"one rank of {train.feature_ranks} reads, with {windows}{rate}, and {sent}"
+    return f"each reads, {train.feature_ranks} times the bytes, with {windows}{rate}"
 
 
 def _groups(found: Budget) -> Iterator[Line]:
