@@ -126,12 +126,15 @@ def test_a_tar_ends_with_two_empty_blocks_in_whole_records(tmp_path):
 
 
 def compare_with_store(config: Config) -> None:
-    """Contexts, shards and rows within a hundredth, bytes within a fiftieth; outliers may be missing of the rows."""
+    """Contexts and rows within a hundredth, bytes within a fiftieth; outliers may be missing of the rows.
+
+    The contexts of one lane may be two or three off, which at the end of a shard is one shard more or less.
+    """
     found, store = budget(config, Assumptions()), Path(config.store_directory)
     manifest = load_manifest(store)
     records = [record for lane in range(manifest.num_lanes) for record in read_records(store, lane)]
     assert found.harvest.contexts == pytest.approx(sum(record.contexts for record in records), rel=0.01)
-    assert found.store.shards_per_site == pytest.approx(len(records), rel=0.02)
+    assert found.store.shards_per_site == pytest.approx(len(records), rel=0.02, abs=manifest.num_lanes / 4)
     for site in manifest.sites.values():
         candidates = site.rows + site.dropped["outlier"] + site.dropped["non_finite"]
         assert found.store.rows_per_site == pytest.approx(candidates, rel=0.01)
